@@ -1,0 +1,229 @@
+"""One process per device: how many, with which environment, and what happens when one dies.
+
+`paddle.distributed.launch` starts ranks on many hosts; under it `is_rank()` is true and nothing is
+started here.  On one host this module does the same with less ceremony.  It is our own because
+`paddle.distributed.spawn` leaves the ranks running when their parent is killed, and needs Paddle in
+the parent before the number of threads per rank is known.  Nothing here imports Paddle.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+_GRACE_SECONDS = 20  # between asking the ranks to end and ending them
+_ERROR_PIPE = "GMLP_ERROR_PIPE"  # the file descriptor on which a rank tells its launcher an error
+
+
+def is_rank():
+    """Whether a launcher, ours or Paddle's, started this process as one rank of several."""
+    return "PADDLE_TRAINER_ID" in os.environ and int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1
+
+
+def local_ranks():
+    """How many ranks run on this host."""
+    default = os.environ.get("PADDLE_TRAINERS_NUM", "1") if is_rank() else "1"
+    return int(os.environ.get("PADDLE_LOCAL_SIZE", default))
+
+
+def available_cores():
+    """The cores that this process may use, by its affinity and its cgroup's quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:  # cgroup v2: "quota period" or "max period"
+            quota, period = file.read().split()
+        cores = min(cores, int(quota) // int(period))
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:  # cgroup v1: -1 is no limit
+            quota = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+            period = int(file.read())
+        if quota > 0:
+            cores = min(cores, quota // period)
+    return max(1, cores)
+
+
+def set_threads(ranks):
+    """Shares the cores out among the ranks of this host, unless OMP_NUM_THREADS is set already.
+
+    Has to run before Paddle is imported: Paddle takes one thread where the variable is unset.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+
+
+def default_workers(on_gpu):
+    """Loader workers per rank: this host's cores shared out among its ranks.
+
+    On a GPU machine the workers have the cores to themselves; on the CPU one core of each rank's
+    share is left to the model.
+    """
+    share = available_cores() // local_ranks()
+    return max(1, min(share, 16) if on_gpu else share - 1)
+
+
+def count_gpus():
+    """The GPUs that the installed Paddle can use, honouring CUDA_VISIBLE_DEVICES.
+
+    Paddle itself is asked, in a process of its own, and only where there is a trace of a GPU: the
+    import takes seconds, and this process must not load CUDA before it starts the ranks.
+    """
+    driver_files = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return 0
+    if not any(os.path.exists(path) for path in driver_files):
+        return 0
+    code = "import paddle; print(paddle.device.cuda.device_count())"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    with contextlib.suppress(ValueError, IndexError):
+        return int(answer.stdout.split()[-1])
+    return 0
+
+
+def choose_ranks(nprocs, gpus):
+    """(number of ranks, warning or None) for -nprocs and the number of GPUs.
+
+    Raises:
+        ValueError: more ranks are asked for than there are GPUs, or none.
+    """
+    if nprocs is not None and nprocs < 1:
+        raise ValueError(f"-nprocs is {nprocs}, it must be at least 1")
+    if gpus == 0:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        warning = None
+        if named not in ("", "-1"):
+            warning = (
+                f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds no GPU here: "
+                "running on the CPU"
+            )
+        return nprocs or 1, warning
+    if nprocs is not None and nprocs > gpus:
+        raise ValueError(
+            f"-nprocs is {nprocs}, but only {gpus} GPU(s) are visible: one process needs one GPU"
+        )
+    return nprocs or gpus, None
+
+
+def run(ranks, gpus, command):
+    """Runs `command` once for each rank on this host and waits for all of them.
+
+    When a rank fails, the others are ended and its error is printed.  SIGINT and SIGTERM are passed
+    on to the ranks.  When this process is killed, the kernel ends the ranks.
+
+    Args:
+        ranks: number of processes.
+        gpus: number of visible GPUs; 0 runs the ranks on the CPU with gloo.
+        command: the program and its arguments.
+
+    Returns:
+        The exit status: 0, the first failed rank's, or 128 + the signal that ended it or us.
+    """
+    reader, writer = os.pipe()
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    processes = [
+        _start_rank(rank, env, command, writer)
+        for rank, env in enumerate(_environments(ranks, bool(gpus)))
+    ]
+    os.close(writer)
+    failed = _wait(processes, received)
+    messages = _read_all(reader)
+    if messages:
+        print(messages[0], file=sys.stderr, flush=True)
+    if received:
+        return 128 + received[0]
+    if failed is None:
+        return 0
+    code = processes[failed].returncode
+    reason = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+    others = "; the other ranks were ended" if ranks > 1 else ""
+    print(f"rank {failed} of {ranks} failed ({reason}){others}", file=sys.stderr, flush=True)
+    return code if code > 0 else 128 - code
+
+
+def report_error(message):
+    """Prints an error, or has the launcher print it once however many ranks report it."""
+    if _ERROR_PIPE in os.environ:
+        with contextlib.suppress(OSError):
+            # One write below PIPE_BUF is atomic, so that ranks do not mix their sentences.
+            os.write(int(os.environ[_ERROR_PIPE]), message.encode()[:4000] + b"\0")
+            return
+    print(message, file=sys.stderr, flush=True)
+
+
+def _environments(ranks, on_gpu):
+    """Each rank's variables: those that `paddle.distributed.launch` sets."""
+    endpoints = [f"127.0.0.1:{port}" for port in _free_ports(ranks)]
+    for rank in range(ranks):
+        env = {
+            "PADDLE_MASTER": endpoints[0],
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+            "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+            "PADDLE_TRAINER_ID": str(rank),
+            "PADDLE_TRAINERS_NUM": str(ranks),
+            "PADDLE_LOCAL_SIZE": str(ranks),
+            "PADDLE_LOCAL_RANK": str(rank),
+        }
+        env["FLAGS_selected_gpus" if on_gpu else "PADDLE_DISTRI_BACKEND"] = (
+            str(rank) if on_gpu else "gloo"
+        )
+        yield {**os.environ, **env}
+
+
+def _free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _start_rank(rank, env, command, writer):
+    parent = os.getpid()
+
+    def die_with_parent():  # runs in the child: the kernel sends SIGTERM when the parent is gone
+        with contextlib.suppress(OSError, AttributeError):  # Linux only
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    env[_ERROR_PIPE] = str(writer)
+    return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=die_with_parent)
+
+
+def _wait(processes, received):
+    """Waits for all; ends the rest when one fails or a signal came.  The first failed rank."""
+    failed, deadline, passed_on = None, None, False
+    while None in (codes := [process.poll() for process in processes]):
+        if failed is None:
+            failed = _first_failed(codes)
+        if (failed is not None or received) and not passed_on:
+            passed_on = True
+            deadline = time.monotonic() + _GRACE_SECONDS
+            _signal_all(processes, received[0] if received else signal.SIGTERM)
+        if deadline and time.monotonic() > deadline:
+            _signal_all(processes, signal.SIGKILL)
+        time.sleep(0.05)
+    return _first_failed(codes) if failed is None else failed
+
+
+def _first_failed(codes):
+    return next((rank for rank, code in enumerate(codes) if code), None)
+
+
+def _signal_all(processes, number):
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _read_all(reader):
+    with open(reader, "rb") as file:
+        messages = file.read().decode(errors="replace").split("\0")
+    return [message for message in messages if message]
