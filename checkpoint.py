@@ -1,0 +1,151 @@
+"""Weights and checkpoints: into a model, into a run that goes on, and onto the disk.
+
+A training checkpoint is a dict in PaddleViT's layout (model, model_ema, optimizer, epoch,
+lr_scheduler, amp_grad_scaler) plus what an exact resume needs (step, best, run).  Files are read
+and written by pdparams.py.
+"""
+
+import glob
+import os
+import re
+import shutil
+
+import numpy as np
+import paddle
+
+import pdparams
+from pdparams import WeightsError
+
+_HEAD = ("head.weight", "head.bias")
+
+
+class NotThisModel(WeightsError):
+    """A sound file with the weights of another model."""
+
+
+def load_weights(path):
+    """The weights in a file, without running code from it.
+
+    Args:
+        path: a state dict or a training checkpoint (`.pdparams`), or `.safetensors`.
+
+    Returns:
+        Parameter names to NumPy arrays, for `model.set_state_dict`; of a training checkpoint the
+        averaged weights (EMA), where it has them.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds anything but weights.
+    """
+    return weights_of(pdparams.read(path), path)
+
+
+def weights_of(tree, path):
+    """The weights of a read file; see load_weights."""
+    if "model" in tree:
+        tree = tree.get("model_ema") or tree["model"]
+    arrays = isinstance(tree, dict) and all(isinstance(v, np.ndarray) for v in tree.values())
+    if not (arrays and tree):
+        raise WeightsError(f"{path}: holds no weights (parameter names with arrays)")
+    return tree
+
+
+def assign_weights(model, weights, path, allow_new_head=False):
+    """Copies weights into a model, all or none.
+
+    Args:
+        model: the model.
+        weights: parameter names to arrays, as load_weights returns.
+        path: where they are from, for the message.
+        allow_new_head: leave the head as it is where the file's has another number of classes.
+
+    Returns:
+        Whether the head was left as it is.
+
+    Raises:
+        NotThisModel: names or shapes differ; lists the first few with both shapes.
+    """
+    wanted = {name: list(param.shape) for name, param in model.state_dict().items()}
+    found = {name: list(array.shape) for name, array in weights.items()}
+    new_head = allow_new_head and any(found.get(name) != wanted[name] for name in _HEAD)
+    ignored = _HEAD if new_head else ()
+    differences = [
+        f"{name} is {found.get(name, 'not there')}, wanted {wanted.get(name, 'nothing')}"
+        for name in (*wanted, *(name for name in found if name not in wanted))
+        if name not in ignored and found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise NotThisModel(
+            f"{path}: these are not this model's weights (wrong -cfg?): "
+            + "; ".join(differences[:4])
+            + more
+        )
+    state = {k: v for k, v in weights.items() if k not in ignored}
+    if new_head:
+        state.update({name: model.state_dict()[name] for name in _HEAD})
+    model.set_state_dict(state)
+    return new_head
+
+
+def optimizer_state(optimizer, model):
+    """The optimizer's tensors under structured names, such as `head.weight.moment1`.
+
+    Paddle's own names ("linear_0.w_0_moment1_0") depend on what else the process has created.
+    """
+    state = optimizer.state_dict()
+    return {
+        structured: state[own] for structured, own in _state_names(optimizer, model, state).items()
+    }
+
+
+def restore_optimizer(optimizer, model, state):
+    """Puts what optimizer_state gave back.  Returns whether every tensor was there and fits."""
+    # Otherwise Paddle makes the moments at the first step and looks for them by its own names.
+    block = paddle.static.default_main_program().global_block()
+    optimizer._create_accumulators(block, [p for p in model.parameters() if not p.stop_gradient])
+    current = optimizer.state_dict()
+    names = _state_names(optimizer, model, current)
+    if not isinstance(state, dict) or any(
+        np.shape(state.get(structured)) != tuple(current[own].shape)
+        for structured, own in names.items()
+    ):
+        return False
+    for structured, own in names.items():
+        current[own].set_value(paddle.to_tensor(state[structured]).astype(current[own].dtype))
+    return True
+
+
+def _state_names(optimizer, model, state):
+    """Structured name of each tensor of the optimizer -> Paddle's own name."""
+    structured = {param.name: name for name, param in model.named_parameters()}
+    names = {}
+    for own in state:
+        match = re.match(r"(.+?\.[wb]_\d+)_(.+)_\d+$", own)
+        if match:
+            names[f"{structured[match.group(1)]}.{match.group(2)}"] = own
+    return names
+
+
+def save(folder, names, tree):
+    """Writes one checkpoint under several names; each is complete or not there at all."""
+    first, *others = (os.path.join(folder, name) for name in names)
+    pdparams.write(first, tree)
+    for other in others:
+        _link(first, other)
+
+
+def _link(source, target):
+    """A second name for a file that is never changed in place; a copy where links are refused."""
+    temporary = f"{target}.tmp-{os.getpid()}"
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def candidates(save_folder):
+    """The training checkpoints of all runs in a folder, newest first."""
+    pattern = os.path.join(glob.escape(save_folder), "train-*", "*.pdparams")
+    paths = [p for p in glob.glob(pattern) if os.path.basename(p) != "best_weights.pdparams"]
+    return sorted(paths, key=lambda path: (os.path.getmtime(path), path), reverse=True)

@@ -1,0 +1,111 @@
+"""Trains or evaluates gMLP: one process per GPU, or per -nprocs on a CPU.
+
+    python main_multi_gpu.py -cfg configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -amp
+    python main_multi_gpu.py -cfg configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -eval \\
+        -pretrained gmlp_s16_224.pdparams
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import signal
+import sys
+import warnings
+
+import launch
+from config import get_config, update_config
+
+# Paddle is imported in run(), after the number of threads is set and only in the processes that
+# compute: -h and a wrong flag answer at once.
+
+
+def build_parser():
+    """The command line.  Every flag is one that PaddleViT has, unless its help says new."""
+    parser = argparse.ArgumentParser(
+        description="Train or evaluate gMLP on an ImageNet-style folder.",
+        epilog="Later wins: config.py's defaults, -cfg, the other flags, -opts.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-cfg", metavar="YAML", help="config file, such as configs/gmlp_s16_224.yaml")
+    add("-dataset", metavar="NAME", help="the data folder's layout; only imagenet2012")
+    add("-data_path", metavar="DIR", help="folder with train_list.txt and val_list.txt")
+    add("-output", metavar="DIR", help="folder for the runs' own folders (default ./output)")
+    add("-batch_size", metavar="N", type=int, help="images per device, in training and evaluation")
+    add("-batch_size_eval", metavar="N", type=int, help="images per device in evaluation only")
+    add("-image_size", metavar="N", type=int, help="height and width the model sees, pixels")
+    add("-accum_iter", metavar="N", type=int, help="batches per optimizer step")
+    add("-pretrained", metavar="FILE", help="weights to evaluate or to start training with")
+    add("-resume", metavar="FILE", help="checkpoint to go on from; auto: the newest under -output")
+    add("-last_epoch", metavar="N", type=int, help="epochs that count as already done")
+    add("-eval", action="store_true", help="evaluate only")
+    add("-amp", action="store_true", help="mixed precision on GPU (a CPU runs float32)")
+    add("-nprocs", metavar="N", type=int, help="processes (new; default: one per GPU, 1 on CPU)")
+    add("-num_workers", metavar="N", type=int, help="loader processes per device (new)")
+    add("-num_classes", metavar="N", type=int, help="classes of the data set (new)")
+    add("-seed", metavar="N", type=int, help="seed of every random draw (new)")
+    add("-opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="any config keys, last (new)")
+    return parser
+
+
+def main(argv):
+    """Runs the program with its arguments.  Returns the exit status."""
+    parser = build_parser()
+    if not argv:
+        parser.print_usage(sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
+    notices = []
+    try:
+        config = update_config(get_config(), args)
+        if not launch.is_rank():
+            gpus = launch.count_gpus()
+            ranks, notice = launch.choose_ranks(args.nprocs, gpus)
+            notices += [notice] if notice else []
+    except ValueError as error:  # ConfigError, and choose_ranks's
+        launch.report_error(f"{parser.prog}: {error}")
+        return 2
+    if launch.is_rank():
+        launch.set_threads(launch.local_ranks())
+        return run(config, notices)
+    launch.set_threads(ranks)
+    if ranks == 1:
+        return run(config, notices)
+    for notice in notices:
+        print(notice, file=sys.stderr, flush=True)
+    return launch.run(ranks, gpus, [sys.executable, os.path.abspath(__file__), *argv])
+
+
+def run(config, notices):
+    """One rank's work.  Returns the exit status: 0, 1 (failed while running), 2 (asked wrongly)."""
+    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
+    warnings.filterwarnings("ignore", message="No ccache found")
+    with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
+        import paddle
+
+    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
+    import worker
+    from trainer import Trainer
+
+    config.freeze()
+    try:
+        parts = worker.Worker(config, notices)
+        program = functools.partial(worker.evaluate, parts) if config.EVAL else Trainer(parts).run
+    except worker.SETUP_ERRORS as error:
+        launch.report_error(str(error))
+        return 2
+    try:
+        program()
+    except worker.RUN_ERRORS as error:
+        launch.report_error(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,159 @@
+"""What changes the weights: AdamW's parts, the learning rate of a step, one update, the EMA."""
+
+import contextlib
+import math
+
+import paddle
+
+
+def decayed_parameters(model):
+    """The names (`param.name`) of the parameters that weight decay applies to.
+
+    Biases and LayerNorm's weights are left out: everything with one axis.  Paddle's AdamW asks by
+    `param.name` ("linear_0.w_0"), not by the structured name ("head.weight").
+    """
+    return {param.name for param in model.parameters() if param.ndim > 1}
+
+
+def scaled_learning_rates(train, images_per_step):
+    """(warm-up start, base, end) learning rates after linear scaling.
+
+    Args:
+        train: the TRAIN node of a config.
+        images_per_step: images of one optimizer step: batch x accumulated batches x ranks.
+    """
+    scale = images_per_step / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
+    return tuple(rate * scale for rate in (train.WARMUP_START_LR, train.BASE_LR, train.END_LR))
+
+
+def warmup_steps(train, steps_per_epoch):
+    """Optimizer steps of linear warm-up: TRAIN.WARMUP_STEPS, or TRAIN.WARMUP_EPOCHS in steps."""
+    if train.WARMUP_STEPS is not None:
+        return train.WARMUP_STEPS
+    return round(train.WARMUP_EPOCHS * steps_per_epoch)
+
+
+def warmup_cosine(start, base, end, warmup, total):
+    """The learning rate as a function of the number of optimizer steps done.
+
+    Linear from `start` at step 0 to `base` at step `warmup`, then half a cosine down to `end` at
+    step `total`.  A function of the step alone, where Paddle's CosineAnnealingDecay goes from one
+    value to the next and adds up rounding: resuming needs no more than the step.
+    """
+
+    def learning_rate(step):
+        if step < warmup:
+            return start + (base - start) * step / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return end + (base - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return learning_rate
+
+
+def build_optimizer(config, model, learning_rate):
+    """AdamW with decoupled weight decay and clipping by the global norm.
+
+    Args:
+        config: TRAIN.{WEIGHT_DECAY, GRAD_CLIP, OPTIMIZER} are read.
+        model: the parameters; biases and norms are not decayed.
+        learning_rate: function of the number of optimizer steps done.
+    """
+    train = config.TRAIN
+    decayed = decayed_parameters(model)
+    return paddle.optimizer.AdamW(
+        learning_rate=paddle.optimizer.lr.LambdaDecay(1.0, learning_rate),
+        parameters=model.parameters(),
+        beta1=train.OPTIMIZER.BETAS[0],
+        beta2=train.OPTIMIZER.BETAS[1],
+        epsilon=train.OPTIMIZER.EPS,
+        weight_decay=train.WEIGHT_DECAY,
+        apply_decay_param_fun=lambda name: name in decayed,
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(train.GRAD_CLIP) if train.GRAD_CLIP else None,
+    )
+
+
+def build_scaler(amp, dtype):
+    """Loss scaling for float16; without AMP and for bfloat16 a scaler that passes all on."""
+    return paddle.amp.GradScaler(enable=amp and dtype == "float16", init_loss_scaling=2.0**16)
+
+
+class Updater:
+    """One optimizer step from accumulated gradients, and what has to move with it.
+
+    Attributes:
+        step: optimizer steps done; a step that loss scaling skipped does not count.
+    """
+
+    def __init__(self, optimizer, scaler, ema):
+        self.optimizer, self.scaler, self.ema = optimizer, scaler, ema
+        self.step = 0
+
+    def scale(self, loss):
+        return self.scaler.scale(loss)
+
+    def update(self):
+        """Unscales, clips (inside the optimizer) and applies the gradients, then clears them.
+
+        A step whose float16 gradients overflowed changes no weight; then the EMA, the learning
+        rate and the step counter stay too.
+        """
+        self.scaler.unscale_(self.optimizer)
+        # Paddle's scaler reads this flag on the host in any case, once a step and for float16 only.
+        skipped = self.scaler.is_enable() and bool(self.scaler._found_inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.clear_grad()
+        if not skipped:
+            self.ema.update()
+            self.move_to(self.step + 1)
+
+    def move_to(self, step):
+        """Sets the number of steps done, and with it the learning rate."""
+        self.step = step
+        self.optimizer._learning_rate.step(step)
+
+
+class EMA:
+    """Exponential moving average of a model's parameters.
+
+    Attributes:
+        average: a model of the same shape that holds the average, for validation.
+
+    Args:
+        model: the model that trains.
+        average: a second model of the same build; its parameters are overwritten.
+        decay: share of the old average that an update keeps.
+        on_cpu: keep the average in host memory.
+    """
+
+    def __init__(self, model, average, decay, on_cpu=False):
+        self.model, self.average, self.decay = model, average, decay
+        self.place = "cpu" if on_cpu else paddle.get_device()
+        average.set_state_dict(model.state_dict())
+        average.to(device=self.place)
+        average.eval()
+        for param in average.parameters():
+            param.stop_gradient = True
+
+    @paddle.no_grad()
+    def update(self):
+        for mean, param in zip(self.average.parameters(), self.model.parameters()):
+            if mean.place != param.place:
+                param = param.to(mean.place)
+            mean.lerp_(param, 1.0 - self.decay)
+
+    @contextlib.contextmanager
+    def on_device(self):
+        """The average on the device that computes, for as long as the context lasts."""
+        self.average.to(device=paddle.get_device())
+        yield self.average
+        self.average.to(device=self.place)
+
+
+class NoEMA:
+    """Stands where an EMA would, and does nothing."""
+
+    average = None
+
+    def update(self):
+        pass

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Evaluates the published weights on 8 GPUs, or whatever these variables say; further arguments go to
+# main_multi_gpu.py:
+#   CFG, DATASET, DATA_PATH, BATCH_SIZE (per device), PRETRAINED, OUTPUT, NPROCS, PYTHON,
+#   CUDA_VISIBLE_DEVICES
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+
+data=${DATA_PATH:-/dataset/imagenet}
+weights=${PRETRAINED:-./gmlp_s16_224.pdparams}
+if [ ! -f "$data/val_list.txt" ]; then
+    echo "run_eval_multi.sh: there is no data set in $data (no val_list.txt): set DATA_PATH to its" \
+        "folder (README, data preparation)" >&2
+    exit 2
+fi
+if [ ! -f "$weights" ]; then
+    echo "run_eval_multi.sh: there is no file $weights: download the weights (README, model zoo)" \
+        "or set PRETRAINED" >&2
+    exit 2
+fi
+
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}
+export CUDA_VISIBLE_DEVICES
+exec "${PYTHON:-python}" "$here/main_multi_gpu.py" \
+    -cfg="${CFG:-$here/configs/gmlp_s16_224.yaml}" \
+    -dataset="${DATASET:-imagenet2012}" \
+    -batch_size="${BATCH_SIZE:-256}" \
+    -data_path="$data" \
+    -eval \
+    -pretrained="$weights" \
+    ${OUTPUT:+-output="$OUTPUT"} \
+    ${NPROCS:+-nprocs="$NPROCS"} \
+    -amp \
+    "$@"

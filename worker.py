@@ -1,0 +1,217 @@
+"""One rank of a run: builds the parts from the config and runs the loops."""
+
+import contextlib
+import functools
+import json
+import os
+import time
+
+import paddle
+
+import checkpoint
+import engine
+import pdparams
+import utils
+from checkpoint import WeightsError
+from config import ConfigError
+from datasets import DataError, EvalSampler, build_dataset, build_loader
+from gmlp import build_gmlp
+from launch import default_workers, local_ranks
+from transforms import build_batch_transform
+
+# What a user can set right by other arguments, and what only shows while running.
+SETUP_ERRORS = (ConfigError, DataError, WeightsError)
+RUN_ERRORS = (DataError, WeightsError, engine.NonFiniteLoss, OSError)
+
+
+class Worker:
+    """The parts of a run that training and evaluation share.
+
+    Attributes:
+        config: the merged config.
+        rank, ranks: this process among all.
+        folder: where this run's files go.
+        start: the checkpoint's tree that the run goes on from, or None.
+    """
+
+    def __init__(self, config, notices=()):
+        """Builds everything up to the first batch.
+
+        Args:
+            config: the merged config; it is not changed.
+            notices: warnings from before there was a log.
+
+        Raises:
+            ConfigError, DataError, WeightsError: what the user asked for cannot be had.
+        """
+        self.config = config
+        self.rank, self.ranks = utils.init_distributed()
+        paddle.seed(config.SEED)
+        self.model = build_model(config)
+        self.val_data = build_dataset(config, train=False)
+        self.train_data = None if config.EVAL else build_dataset(config, train=True)
+        self.notices = list(notices)
+        self.start, self.start_path = self._find_start()
+        self.folder = self._make_folder()
+        self.log = utils.setup_logging(self.folder, self.rank)
+        self.metrics = utils.MetricsFile(self.folder, self.rank)
+        self.autocast = self._choose_autocast()
+        self._load_pretrained()
+        self._log_start()
+
+    def _find_start(self):
+        """(checkpoint tree, path) to go on from, or (None, None)."""
+        resume = None if self.config.EVAL else self.config.MODEL.RESUME
+        if not resume:
+            return None, None
+        if resume != "auto":
+            tree = pdparams.read(resume)
+            checkpoint.assign_weights(self.model, training_weights(tree, resume), resume)
+            return tree, resume
+        # One rank searches, so that all agree; the others read what it found.
+        found = self._find_newest() if self.rank == 0 else None
+        path = utils.broadcast_object(found)
+        if path is None:
+            self.notices.append(
+                f"-resume auto: no checkpoint of {self.config.MODEL.NAME} under "
+                f"{self.config.SAVE}, starting fresh"
+            )
+            return None, None
+        tree = pdparams.read(path, require_checksum=True)
+        checkpoint.assign_weights(self.model, training_weights(tree, path), path)
+        return tree, path
+
+    def _find_newest(self):
+        for path in checkpoint.candidates(self.config.SAVE):
+            try:
+                tree = pdparams.read(path, require_checksum=True)
+            except WeightsError as error:
+                self.notices.append(f"-resume auto: passed over {error}")
+                continue
+            if tree.get("run", {}).get("model_name") == self.config.MODEL.NAME:
+                return path
+        return None
+
+    def _make_folder(self):
+        """The run's folder, which rank 0 names for all; a resumed run goes on in its own."""
+        if self.start_path and self.config.MODEL.RESUME == "auto":
+            return os.path.dirname(self.start_path)
+        kind = "eval" if self.config.EVAL else "train"
+        folder = None
+        if self.rank == 0:
+            folder = _new_folder(self.config.SAVE, f"{kind}-{time.strftime('%Y%m%d-%H-%M-%S')}")
+            with open(os.path.join(folder, "config.yaml"), "w") as file:
+                file.write(self.config.dump())
+        folder = utils.broadcast_object(folder)
+        os.makedirs(folder, exist_ok=True)  # on another host
+        return folder
+
+    def _choose_autocast(self):
+        """Makes the context in which the model runs: AMP on a GPU, float32 elsewhere."""
+        if not self.amp:
+            if self.config.AMP:
+                self.notices.append("-amp: this is a CPU, where Paddle has no AMP: running float32")
+            return contextlib.nullcontext
+        return functools.partial(
+            paddle.amp.auto_cast, enable=True, level="O1", dtype=self.config.AMP_DTYPE
+        )
+
+    @property
+    def amp(self):
+        return self.config.AMP and self.on_gpu
+
+    @property
+    def on_gpu(self):
+        return paddle.get_device().startswith("gpu")
+
+    def _load_pretrained(self):
+        path = self.config.MODEL.PRETRAINED
+        if not path or self.start:
+            return
+        weights = checkpoint.load_weights(path)
+        new_head = checkpoint.assign_weights(self.model, weights, path, not self.config.EVAL)
+        self.notices.append(f"weights from {path}")
+        if new_head:
+            self.notices.append(
+                f"the head in {path} has another number of classes than MODEL.NUM_CLASSES "
+                f"{self.config.MODEL.NUM_CLASSES}: the head starts anew"
+            )
+
+    def _log_start(self):
+        parameters = sum(int(param.size) for param in self.model.parameters())
+        for line in utils.describe_machine(self.ranks):
+            self.log.info(line)
+        self.log.info(f"{self.config.MODEL.NAME}: {parameters:,} parameters")
+        self.log.info(f"config:\n{self.config.dump().rstrip()}")
+        for notice in self.notices:
+            self.log.info(notice)
+
+    def validate(self, model, title):
+        """Evaluates a model on the whole validation list; see engine.validate."""
+        batch_size = self.config.DATA.BATCH_SIZE_EVAL or self.config.DATA.BATCH_SIZE
+        sampler = EvalSampler(len(self.val_data), batch_size, self.rank, self.ranks)
+        loader = self.loader(self.val_data, sampler)
+        batches = utils.progress_bar(loader, len(sampler), title, self.rank)
+        transform = build_batch_transform(self.config, train=False)
+        return engine.validate(model, batches, transform, self.autocast)
+
+    def loader(self, dataset, sampler):
+        workers = self.config.DATA.NUM_WORKERS
+        if workers < 0:
+            workers = default_workers(self.on_gpu)
+        return build_loader(dataset, sampler, workers, local_ranks())
+
+
+def evaluate(worker):
+    """The `-eval` program: logs the accuracy and writes `eval.json`."""
+    start = time.perf_counter()
+    scores = worker.validate(worker.model, "eval")
+    seconds = time.perf_counter() - start
+    path = worker.config.MODEL.PRETRAINED
+    result = {
+        **scores,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(scores["images"] / seconds, 2),
+        "weights": path,
+        "weights_sha256": pdparams.sha256(path) if path else None,
+    }
+    worker.log.info(describe_scores(scores))
+    worker.metrics.write(kind="eval", **result)
+    if worker.rank == 0:
+        with open(os.path.join(worker.folder, "eval.json"), "w") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+    worker.log.info(f"outputs in {worker.folder}")
+
+
+def build_model(config):
+    try:
+        return build_gmlp(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def training_weights(tree, path):
+    """The weights that training goes on with: the model's own, not their average."""
+    return checkpoint.weights_of({"model": tree["model"]} if "model" in tree else tree, path)
+
+
+def _new_folder(parent, name):
+    """Makes `parent/name`, with a number behind it where another run has taken the name."""
+    for number in range(1000):
+        folder = os.path.join(parent, f"{name}-{number}" if number else name)
+        try:
+            os.makedirs(folder)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot make the output folder {folder}: {error.strerror}") from None
+        return folder
+    raise ConfigError(f"{parent} has a thousand runs named {name}")
+
+
+def describe_scores(scores):
+    return (
+        f"Acc@1 {scores['acc1']:.2f} Acc@5 {scores['acc5']:.2f} loss {scores['loss']:.4f} "
+        f"on {scores['images']} images"
+    )
