@@ -4,8 +4,44 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # Before Paddle is imported: it reads the variable once, and takes one thread where it is unset.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+
+from program import SMALL, run_program  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The demo's data set: 4,000 real digits to train, 1,000 to validate."""
+    from make_digits import make_digits
+
+    root = tmp_path_factory.mktemp("data") / "all digits"  # a space, as users' folders have
+    make_digits(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits, tmp_path_factory):
+    """A part of the digits: 203 to train, 101 to validate (no multiples of any batch size)."""
+    root = tmp_path_factory.mktemp("data") / "few digits"
+    root.mkdir()
+    for name, count in (("train", 203), ("val", 101)):
+        (root / name).symlink_to(digits / name)
+        lines = (digits / f"{name}_list.txt").read_text().splitlines(keepends=True)
+        every = len(lines) // count
+        (root / f"{name}_list.txt").write_text("".join(lines[: every * count : every]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(few_digits, tmp_path_factory):
+    """The folder of one finished two-rank run of two epochs, with all randomness and EMA on."""
+    output = tmp_path_factory.mktemp("trained")
+    run_program("-data_path", few_digits, "-output", output, "-nprocs", 2, opts=SMALL).check()
+    (folder,) = output.glob("train-*")
+    return folder

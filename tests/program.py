@@ -1,0 +1,93 @@
+"""Runs the program as a user does: as a process with arguments, from another folder."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+HANG_SECONDS = 240  # a limit that only stops a hang
+
+# Config keys for a model and a run that take seconds, with every random part on.
+SMALL = {
+    "DATA.BATCH_SIZE": 10,
+    "DATA.BATCH_SIZE_EVAL": 16,
+    "MODEL.MIXER.PATCH_SIZE": 7,
+    "MODEL.MIXER.EMBED_DIM": 16,
+    "MODEL.MIXER.DEPTH": 2,
+    "MODEL.DROPOUT": 0.1,
+    "MODEL.DROPPATH": 0.2,
+    "TRAIN.NUM_EPOCHS": 2,
+    "TRAIN.ACCUM_ITER": 3,
+    "TRAIN.MODEL_EMA": True,
+    "TRAIN.MODEL_EMA_DECAY": 0.9,
+    "TRAIN.RAND_AUGMENT": True,
+    "TRAIN.MIXUP_PROB": 0.8,
+    "TRAIN.RANDOM_ERASE_PROB": 0.25,
+    "SAVE_FREQ": 1,
+    "REPORT_FREQ": 4,
+}
+
+
+@dataclass
+class Result:
+    """How a program ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    def check(self):
+        """Itself, if the program succeeded."""
+        if self.status:
+            raise AssertionError(f"exit status {self.status}\n{self.out}\n{self.err}")
+        return self
+
+    def refused(self, status, *parts):
+        """Asserts an exit status and one sentence on stderr with these parts, no traceback."""
+        assert self.status == status, (self.status, self.out, self.err)
+        assert "Traceback" not in self.err + self.out, self.err
+        for part in parts:
+            assert part in self.err, (part, self.err)
+
+
+def run(command, cwd="/", **env):
+    """Runs a command without a terminal; variables that are None are unset."""
+    environment = {**os.environ, **env}
+    for name in [name for name, value in environment.items() if value is None]:
+        del environment[name]
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def flatten(opts):
+    """{"KEY": value} as the words after -opts."""
+    return [
+        word for key, value in opts.items() for word in (key, yaml.safe_dump(value).split("\n")[0])
+    ]
+
+
+def run_program(*args, opts=None, cfg=ROOT / "configs" / "gmlp_digits.yaml", launcher=(), **env):
+    """Runs main_multi_gpu.py with the demo's config, on the CPU unless env says otherwise."""
+    command = [sys.executable, *launcher, ROOT / "main_multi_gpu.py", "-cfg", cfg, *args]
+    if opts:
+        command += ["-opts", *flatten(opts)]
+    return run(command, **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": None, **env})
+
+
+def metrics(folder, kind):
+    """The rows of one kind in a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]

@@ -1,0 +1,276 @@
+"""The program as its users run it: real processes, real images, real files."""
+
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from program import ROOT, SMALL, metrics, run, run_program
+
+import checkpoint
+import pdparams
+from config import get_config
+from gmlp import build_gmlp
+
+
+def evaluate(data, output, weights, *args, **kwargs):
+    """eval.json of an evaluation of the small model."""
+    opts = {**SMALL, **kwargs.pop("opts", {})}
+    result = run_program(
+        "-data_path",
+        data,
+        "-output",
+        output,
+        "-eval",
+        "-pretrained",
+        weights,
+        *args,
+        opts=opts,
+        **kwargs,
+    ).check()
+    (path,) = output.glob("eval-*/eval.json")
+    return json.loads(path.read_text()), result
+
+
+def same(first, second):
+    """Whether two nested trees of arrays are equal bit for bit."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_a_run_leaves_the_files_that_the_readme_names(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.yaml", "log.txt", "log_0.txt", "log_1.txt", "metrics.jsonl",
+        "Epoch-1.pdparams", "Epoch-2.pdparams", "last.pdparams", "best.pdparams",
+        "best_weights.pdparams",
+    }  # fmt: skip
+    assert get_config(trained / "config.yaml").MODEL.MIXER.EMBED_DIM == 16
+    log = (trained / "log.txt").read_text()
+    for part in ("paddle 3.", "2 rank(s)", "60 images per step", "4 steps per epoch",
+                 "parameters", "EMBED_DIM: 16", "git revision", "learning rate"):  # fmt: skip
+        assert part in log, part
+    rows = metrics(trained, "eval")
+    assert [(row["epoch"], row["weights"]) for row in rows] == [
+        (1, "model"), (1, "ema"), (2, "model"), (2, "ema"),
+    ]  # fmt: skip
+    assert all(row["images"] == 101 for row in rows)
+
+
+def test_every_rank_trains_on_full_batches_and_the_last_group_is_shorter(trained):
+    rows = metrics(trained, "train")
+    # 203 images / (2 ranks x 10) are 10 batches, in groups of 3, 3, 3 and 1: 4 steps an epoch.
+    assert [(row["epoch"], row["batch"], row["step"]) for row in rows] == [
+        (1, 4, 1), (1, 8, 2), (1, 10, 4), (2, 4, 5), (2, 8, 6), (2, 10, 8),
+    ]  # fmt: skip
+    config = get_config(trained / "config.yaml")
+    base = config.TRAIN.BASE_LR * 60 / config.TRAIN.LINEAR_SCALED_LR
+    assert rows[2]["lr"] == pytest.approx(base)  # one epoch of warm-up
+    assert rows[-1]["lr"] == pytest.approx(config.TRAIN.END_LR * 60 / config.TRAIN.LINEAR_SCALED_LR)
+
+
+def test_evaluation_gives_what_training_reported_on_any_number_of_ranks(
+    trained, few_digits, tmp_path
+):
+    reported = max(metrics(trained, "eval"), key=lambda row: (row["weights"] == "ema", row["acc1"]))
+    results = []
+    for ranks, batch in ((1, 7), (2, 64), (3, 1)):
+        scores, result = evaluate(
+            few_digits, tmp_path / str(ranks), trained / "best.pdparams", "-nprocs", ranks,
+            "-batch_size_eval", batch,
+        )  # fmt: skip
+        assert f"Acc@1 {reported['acc1']:.2f}" in result.out
+        assert scores["images"] == 101
+        assert scores["weights_sha256"] == pdparams.sha256(trained / "best.pdparams")
+        results.append(scores)
+    for scores in results:
+        assert (scores["acc1"], scores["acc5"]) == (reported["acc1"], reported["acc5"])
+        assert scores["loss"] == pytest.approx(reported["loss"], abs=1e-6)
+
+
+def test_bare_best_weights_load_with_paddle_load(trained, few_digits, tmp_path):
+    config = get_config(trained / "config.yaml")
+    model = build_gmlp(config)
+    missing, unexpected = model.set_state_dict(paddle.load(str(trained / "best_weights.pdparams")))
+    assert not missing and not unexpected
+    weights = checkpoint.load_weights(trained / "best.pdparams")
+    assert same(weights, {k: v.numpy() for k, v in model.state_dict().items()})
+
+
+def test_a_resumed_run_ends_bit_identical_to_one_that_was_never_stopped(
+    trained, few_digits, tmp_path
+):
+    run_program(
+        "-data_path", few_digits, "-output", tmp_path, "-nprocs", 2,
+        "-resume", trained / "Epoch-1.pdparams", opts=SMALL,
+    ).check()  # fmt: skip
+    (folder,) = tmp_path.glob("train-*")
+    assert not (folder / "Epoch-1.pdparams").exists()
+    straight, resumed = (pdparams.read(f / "Epoch-2.pdparams") for f in (trained, folder))
+    assert straight["step"] == 8
+    for key in ("model", "model_ema", "optimizer", "step", "lr_scheduler"):
+        assert same(straight[key], resumed[key]), key
+
+
+def test_resume_auto_goes_on_in_the_same_folder_or_starts_fresh(few_digits, tmp_path):
+    args = ("-data_path", few_digits, "-output", tmp_path, "-resume", "auto")
+    fresh = run_program(*args, opts={**SMALL, "TRAIN.NUM_EPOCHS": 1}).check()
+    assert "starting fresh" in fresh.out
+    again = run_program(*args, opts=SMALL).check()
+    assert "going on after epoch 1" in again.out
+    (folder,) = tmp_path.glob("train-*")
+    assert (folder / "Epoch-2.pdparams").exists()
+    assert (folder / "log.txt").read_text().count("parameters") == 2  # appended
+    # A checkpoint that is cut off is passed over for the one before, with a warning.
+    for name in ("Epoch-2.pdparams", "last.pdparams", "best.pdparams"):
+        data = (folder / name).read_bytes()
+        (folder / name).unlink()
+        (folder / name).write_bytes(data[:-100])
+    repeated = run_program(*args, opts=SMALL).check()
+    assert "passed over" in repeated.out and "going on after epoch 1" in repeated.out
+
+
+def paddlevit_checkpoint(path, trained):
+    """A checkpoint as PaddleViT writes it, with Paddle's own names in the optimizer state."""
+    model = build_gmlp(get_config(trained / "config.yaml"))
+    model.set_state_dict(paddle.load(str(trained / "best_weights.pdparams")))
+    optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
+    model(paddle.zeros([1, 3, 28, 28])).sum().backward()
+    optimizer.step()
+    tree = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 1,
+        "lr_scheduler": {"last_epoch": 1, "last_lr": 0.001},
+    }
+    paddle.save(tree, str(path))
+
+
+def test_a_checkpoint_of_paddlevit_is_gone_on_from(trained, few_digits, tmp_path):
+    paddlevit_checkpoint(tmp_path / "vit.pdparams", trained)
+    result = run_program(
+        "-data_path", few_digits, "-output", tmp_path, "-resume", tmp_path / "vit.pdparams",
+        opts=SMALL,
+    ).check()  # fmt: skip
+    assert "going on after epoch 1" in result.out
+    assert "no optimizer state that can be matched" in result.out
+    assert "no averaged weights" in result.out
+    assert "epoch 2/2" in result.out and "epoch 1/2" not in result.out
+
+
+def test_last_epoch_counts_epochs_as_done(trained, few_digits, tmp_path):
+    result = run_program(
+        "-data_path", few_digits, "-output", tmp_path, "-last_epoch", 1, "-pretrained",
+        trained / "best_weights.pdparams", opts=SMALL,
+    ).check()  # fmt: skip
+    assert "epoch 2/2" in result.out and "epoch 1/2" not in result.out
+
+
+def test_training_takes_weights_with_another_head_and_evaluation_refuses_them(
+    trained, few_digits, tmp_path
+):
+    weights = ("-pretrained", trained / "best_weights.pdparams", "-num_classes", 12)
+    args = ("-data_path", few_digits, "-output", tmp_path, *weights)
+    result = run_program(*args, opts={**SMALL, "TRAIN.NUM_EPOCHS": 1}).check()
+    assert "the head starts anew" in result.out
+    refused = run_program(*args, "-eval", opts=SMALL)
+    refused.refused(2, "head.weight", "[16, 10]", "[16, 12]", "best_weights.pdparams")
+
+
+def test_weights_of_another_model_are_refused_with_both_shapes(trained, few_digits, tmp_path):
+    result = run_program(
+        "-data_path", few_digits, "-output", tmp_path, "-nprocs", 2, "-eval", "-pretrained",
+        trained / "best_weights.pdparams",
+    )  # fmt: skip
+    result.refused(2, "patch_embed.patch_embed.weight", "[16, 3, 7, 7]", "[64, 3, 4, 4]")
+    assert result.err.count("these are not this model's weights") == 1  # not once a rank
+
+
+class Shell:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("flags", [["-eval", "-pretrained"], ["-pretrained"], ["-resume"]])
+def test_a_hostile_weight_file_runs_nothing(flags, few_digits, tmp_path):
+    hostile, marker = tmp_path / "hostile.pdparams", tmp_path / "was here"
+    hostile.write_bytes(pickle.dumps({"model": Shell(f"touch '{marker}'")}))
+    result = run_program("-data_path", few_digits, "-output", tmp_path, *flags, hostile, opts=SMALL)
+    result.refused(2, "hostile.pdparams", "system")
+    assert not marker.exists()
+
+
+def test_it_runs_under_paddles_own_launcher(trained, few_digits, tmp_path):
+    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", 2, "--backend", "gloo",
+                "--log_dir", tmp_path / "launch"]  # fmt: skip
+    scores, _ = evaluate(few_digits, tmp_path, trained / "best.pdparams", launcher=launcher)
+    reported = max(metrics(trained, "eval"), key=lambda row: (row["weights"] == "ema", row["acc1"]))
+    assert scores["acc1"] == reported["acc1"]
+
+
+def test_a_cpu_says_that_it_has_no_amp_and_no_gpu(trained, few_digits, tmp_path):
+    _, result = evaluate(
+        few_digits, tmp_path, trained / "best.pdparams", "-amp", CUDA_VISIBLE_DEVICES="0,1"
+    )
+    if paddle.device.cuda.device_count() == 0:
+        assert "CUDA_VISIBLE_DEVICES names 0,1" in result.out + result.err
+        assert "running float32" in result.out
+
+
+def test_no_arguments_print_the_usage():
+    result = run([sys.executable, ROOT / "main_multi_gpu.py"])
+    result.refused(2, "usage:", "-cfg")
+
+
+@pytest.mark.parametrize(
+    "args, parts",
+    [
+        (["-batchsize", "3"], ["-batchsize"]),
+        (["-cfg", "/nowhere.yaml"], ["/nowhere.yaml", "No such file"]),
+        (["-data_path", "/nowhere"], ["/nowhere/val_list.txt", "cannot read"]),
+        (["-dataset", "cifar10"], ["DATA.DATASET", "imagenet2012", "train_list.txt"]),
+        (["-eval", "-pretrained", "/nowhere.pdparams"], ["/nowhere.pdparams"]),
+        (["-resume", "/nowhere.pdparams"], ["/nowhere.pdparams"]),
+        (["-batch_size", "0"], ["DATA.BATCH_SIZE", "at least 1"]),
+        (["-batch_size", "5000"], ["train_list.txt", "smaller -batch_size"]),
+        (["-image_size", "30"], ["DATA.IMAGE_SIZE 30", "PATCH_SIZE 4"]),
+        (["-nprocs", "0"], ["-nprocs"]),
+        (["-num_classes", "3"], ["_list.txt:", "not in 0..2"]),
+        (["-opts", "TRAIN.BASELR", "1"], ["TRAIN.BASELR", "TRAIN.BASE_LR"]),
+        (["-output", "/dev/null/x"], ["/dev/null/x"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_is_asked_wrongly_is_one_sentence_and_status_2(args, parts, few_digits, tmp_path):
+    result = run_program("-data_path", few_digits, "-output", tmp_path, *args)
+    result.refused(2, *parts)
+
+
+def test_an_unreadable_image_ends_the_run_with_its_list_line(digits, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    (tmp_path / "val").symlink_to(digits / "val")
+    first, *_ = (digits / "val_list.txt").read_text().splitlines()
+    (tmp_path / "val_list.txt").write_text(f"{first}\na.png 1\n")
+    for workers in (0, 1):
+        result = run_program(
+            "-data_path", tmp_path, "-output", tmp_path / "out", "-eval", "-nprocs", 2,
+            "-num_workers", workers,
+        )  # fmt: skip
+        result.refused(1, "val_list.txt:2", "a.png")
+
+
+def test_flags_with_an_equals_sign_mean_the_same(trained, few_digits, tmp_path):
+    result = run_program(
+        f"-data_path={few_digits}", f"-output={tmp_path}", "-eval", "-batch_size=8", "-nprocs=1",
+        f"-pretrained={trained / 'best_weights.pdparams'}", opts=SMALL,
+    ).check()  # fmt: skip
+    assert "on 101 images" in result.out
