@@ -1,0 +1,354 @@
+"""Image transforms: timm's pixels where nothing is random, its distributions where something is."""
+
+import json
+import math
+import pickle
+import random
+
+import golden
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+import transforms
+from config import get_config
+from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
+
+AUGMENTED = golden.load("augment_ops")
+KEYS = [key for key in AUGMENTED if key != "image" and not key.startswith("arg/")]
+EVALUATED = golden.load("eval_transform")
+RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+POLICIES = json.loads((golden.DATA / "augment_policies.json").read_text())
+
+
+def read_image(name):
+    return Image.open(golden.DATA / "images" / name).convert("RGB")
+
+
+def small_image(width=40, height=30):
+    return Image.fromarray(AUGMENTED["image"]).resize((width, height))
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+class Recorder:
+    """Stands in for an operator table entry: notes what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, image, name, level, sign=1, resample=None):
+        self.calls.append((name, level, sign))
+        return image
+
+
+@pytest.fixture
+def applied(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(transforms, "apply_op", recorder)
+    return recorder.calls
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATED))
+def test_the_evaluation_crop_has_timms_pixels(name):
+    crop = EvalTransform(224, 0.875)(read_image(name))
+    assert crop.dtype == np.uint8 and crop.shape == (224, 224, 3)
+    difference = np.abs(crop.astype(int) - EVALUATED[name])
+    assert difference.max() <= 1
+    assert (difference == 0).mean() >= 0.999
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, 1.0), (32, 0.9), (28, 0.875), (288, 0.95)])
+@pytest.mark.parametrize("name", ["landscape_500x375.jpg", "portrait_333x500.jpg"])
+def test_the_evaluation_crop_is_resize_then_centre_crop_at_any_size(name, size, crop_pct):
+    image = read_image(name)
+    short_side, short = math.floor(size / crop_pct), min(image.size)
+    whole = [int(short_side * side / short) for side in image.size]
+    left, top = (round((side - size) / 2) for side in whole)
+    resized = image.resize(whole, Image.Resampling.BICUBIC)
+    expected = pixels(resized.crop((left, top, left + size, top + size)))
+    difference = np.abs(EvalTransform(size, crop_pct)(image).astype(int) - expected)
+    assert difference.max() <= 1
+    assert (difference == 0).mean() >= 0.999
+
+
+def test_an_image_that_already_has_the_size_is_only_cropped():
+    image = read_image("landscape_500x375.jpg").resize((50, 32))
+    assert np.array_equal(EvalTransform(28, 0.875)(image), pixels(image)[2:30, 11:39])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000), (1, 500), (3, 2)])
+def test_images_of_any_shape_can_be_evaluated_and_trained_on(size):
+    image = Image.new("RGB", size, (10, 200, 30))
+    assert (EvalTransform(32, 0.875)(image) == [10, 200, 30]).all()
+    for seed in range(20):
+        crop = TrainTransform(32, None)(image, np.random.default_rng(seed))
+        assert (crop == [10, 200, 30]).all() and crop.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("crop_pct", [0, -0.5, 1.01, 87.5])
+def test_a_crop_share_that_cannot_be_is_refused(crop_pct):
+    with pytest.raises(ValueError, match="crop_pct"):
+        EvalTransform(224, crop_pct)
+
+
+# --- random crop and flip ---
+
+
+def test_random_crops_cover_the_whole_range_of_areas_aspects_and_places():
+    rng = np.random.default_rng(0)
+    boxes = [
+        transforms.random_crop_box(1000, 800, rng, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)
+    ]
+    left, top, right, bottom = np.array(boxes).T
+    assert (left >= 0).all() and (top >= 0).all()
+    assert (right <= 1000).all() and (bottom <= 800).all()
+    area = (right - left) * (bottom - top) / 800_000
+    aspect = (right - left) / (bottom - top)
+    assert 0.079 < area.min() < 0.085 and 0.98 < area.max() <= 1
+    assert 0.745 < aspect.min() < 0.755 and 1.32 < aspect.max() < 1.34
+    small = area < 0.4  # fits at any aspect: nothing is rejected, so these are uniform
+    assert abs(np.median(area[small]) - 0.24) < 0.01
+    assert abs(np.median(np.log(aspect[small]))) < 0.02
+    place = left[small] / (1000 - (right - left)[small])
+    assert np.allclose(np.quantile(place, [0, 0.5, 1]), [0, 0.5, 1], atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((20000, 1), (9999, 0, 10000, 1)),
+        ((1, 500), (0, 249, 1, 250)),
+        ((1000, 100), (433, 0, 566, 100)),
+        ((90, 1000), (0, 440, 90, 560)),
+    ],
+)
+def test_an_image_too_long_for_any_crop_gives_its_centre(size, box):
+    rng = np.random.default_rng(0)
+    assert transforms.random_crop_box(*size, rng, (0.9, 1), (3 / 4, 4 / 3)) == box
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_the_crop_of_an_image_of_a_few_pixels_has_one_at_least(size):
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        box = transforms.random_crop_box(*size, rng, (0.08, 1), (3 / 4, 4 / 3))
+        assert 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+
+
+def test_a_crop_of_everything_keeps_an_image_of_allowed_aspect_whole():
+    rng = np.random.default_rng(0)
+    assert transforms.random_crop_box(100, 100, rng, (1, 1), (1, 1)) == (0, 0, 100, 100)
+    # No draw fits (they are wider than the image), and the fallback keeps all of it.
+    assert transforms.random_crop_box(120, 100, rng, (1, 1), (1.3, 1.3)) == (0, 4, 120, 96)
+
+
+def test_the_training_crop_is_resized_bicubically():
+    image = read_image("landscape_500x375.jpg")
+    crop = TrainTransform(64, None, flip=0)(image, np.random.default_rng(3))
+    box = transforms.random_crop_box(
+        *image.size, np.random.default_rng(3), (0.08, 1), (3 / 4, 4 / 3)
+    )
+    expected = pixels(image.crop(box).resize((64, 64), Image.Resampling.BICUBIC))
+    assert crop.dtype == np.uint8 and crop.shape == (64, 64, 3)
+    inner = np.abs(crop - expected)[2:-2, 2:-2]  # at the border, box= sees beyond the crop
+    assert (inner <= 1).mean() > 0.999
+
+
+def test_flips_happen_always_never_or_half_of_the_time():
+    image = small_image(32, 32)
+    whole = {"scale": (1, 1), "ratio": (1, 1)}
+
+    def flips(probability):
+        transform = TrainTransform(32, None, flip=probability, **whole)
+        crops = [transform(image, np.random.default_rng(seed)) for seed in range(200)]
+        kept = [np.array_equal(crop, pixels(image)) for crop in crops]
+        turned = [np.array_equal(crop, pixels(image)[:, ::-1]) for crop in crops]
+        assert all(a != b for a, b in zip(kept, turned))
+        return sum(turned)
+
+    assert flips(0) == 0
+    assert flips(1) == 200
+    assert 75 < flips(0.5) < 125
+
+
+@pytest.mark.parametrize("augment", [None, RandAugment(), AutoAugment(), ColorJitter()])
+def test_the_generator_alone_decides_what_happens_to_an_image(augment):
+    image = read_image("small_100x80.jpg")
+    transform = TrainTransform(32, augment)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    first = transform(image, np.random.default_rng([1, 2, 3]))
+    again = pickle.loads(pickle.dumps(transform))(image, np.random.default_rng([1, 2, 3]))
+    other = transform(image, np.random.default_rng([1, 2, 4]))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+# --- augmentation ---
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_operators_have_timms_pixels(key):
+    name, level, sign, resample = key.split("/")
+    image = Image.fromarray(AUGMENTED["image"])
+    sign = 1 if sign == "+" else -1
+    result = transforms.apply_op(image, name, int(level), sign, RESAMPLE.get(resample))
+    assert np.array_equal(pixels(result), AUGMENTED[key])
+
+
+@pytest.mark.parametrize("name", sorted(transforms.OPERATORS))
+def test_operators_take_any_level_and_leave_the_original_alone(name):
+    image = small_image()
+    before = pixels(image)
+    for level in (0, 0.0, 4.999, 9.97, 10):
+        for sign in (1, -1):
+            result = transforms.apply_op(image, name, level, sign)
+            assert result.size == image.size and result.mode == "RGB"
+    assert np.array_equal(pixels(image), before)
+
+
+def test_posterizing_to_no_bits_keeps_one():
+    image = small_image()
+    result = pixels(transforms.apply_op(image, "PosterizeIncreasing", 10))
+    assert np.array_equal(result, pixels(image) & 128)
+
+
+def test_what_rotation_uncovers_is_gray():
+    rotated = transforms.apply_op(Image.new("RGB", (40, 30)), "Rotate", 10)
+    assert (pixels(rotated)[0, 0] == 128).all()
+
+
+def test_policies_are_timms():
+    assert sorted(transforms.RAND_AUGMENT_OPERATORS) == POLICIES["randaugment_increasing"]
+    policy = [[list(op) for op in pair] for pair in transforms.AUTO_AUGMENT_POLICY]
+    assert policy == POLICIES["autoaugment_original"]
+
+
+def test_randaugment_applies_half_of_its_layers_at_noisy_levels_in_both_directions(applied):
+    rng, augment = np.random.default_rng(0), RandAugment(num_layers=2, magnitude=9)
+    for _ in range(3000):
+        augment(None, rng)
+    names, levels, signs = zip(*applied)
+    assert abs(len(applied) / 6000 - 0.5) < 0.02
+    share = np.unique(names, return_counts=True)[1] / len(names)
+    assert len(share) == 15 and np.abs(share - 1 / 15).max() < 0.02
+    assert max(levels) == 10 and abs(np.median(levels) - 9) < 0.05
+    assert abs(np.quantile(levels, 0.1587) - 8.5) < 0.05  # one standard deviation below
+    assert abs(np.mean(signs)) < 0.05 and set(signs) == {1, -1}
+
+
+def test_randaugment_draws_with_replacement(applied):
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        RandAugment(num_layers=2, prob=1.0)(None, rng)
+    names = [name for name, _, _ in applied]
+    same = np.mean([a == b for a, b in zip(names[::2], names[1::2])])
+    assert len(names) == 1000 and abs(same - 1 / 15) < 0.04
+
+
+@pytest.mark.parametrize(("magnitude", "level"), [(-5, 0), (50, 10)])
+def test_randaugment_clips_levels_to_the_scale(applied, magnitude, level):
+    RandAugment(num_layers=5, magnitude=magnitude, prob=1.0)(None, np.random.default_rng(0))
+    assert [found for _, found, _ in applied] == [level] * 5
+
+
+def test_autoaugment_applies_each_sub_policy_with_its_probabilities(applied):
+    rng = np.random.default_rng(0)
+    for _ in range(25 * 400):
+        AutoAugment()(None, rng)
+    expected = {}
+    for name, prob, level in (op for pair in transforms.AUTO_AUGMENT_POLICY for op in pair):
+        expected[name, level] = expected.get((name, level), 0) + 400 * prob
+    counts = {}
+    for name, level, _ in applied:
+        counts[name, level] = counts.get((name, level), 0) + 1
+    assert set(counts) == {key for key, count in expected.items() if count > 0}
+    for key, count in counts.items():
+        assert abs(count - expected[key]) < 5 * math.sqrt(expected[key])
+    assert abs(np.mean([sign for _, _, sign in applied])) < 0.05
+
+
+def test_color_jitter_enhances_by_its_factors_in_its_order():
+    image = small_image()
+    orders = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        factors, order = rng.uniform(0.6, 1.4, 3), tuple(rng.permutation(3))
+        expected = image
+        for index in order:
+            kind = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color][index]
+            expected = kind(expected).enhance(factors[index])
+        result = ColorJitter(0.4)(image, np.random.default_rng(seed))
+        assert np.array_equal(pixels(result), pixels(expected))
+        orders.add(order)
+    assert len(orders) == 6
+
+
+def test_color_jitter_never_inverts():
+    augment = ColorJitter(3.0)
+    assert (augment.low, augment.high) == (0, 4)
+
+
+# --- from the configuration ---
+
+
+def make_config(**train):
+    config = get_config()
+    config.defrost()
+    config.DATA.IMAGE_SIZE = 32
+    for key, value in train.items():
+        config.TRAIN[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("rand", "auto", "jitter", "kind"),
+    [
+        (True, True, 0.4, RandAugment),
+        (False, True, 0.4, AutoAugment),
+        (False, False, 0.4, ColorJitter),
+        (False, False, 0.0, type(None)),
+        (False, False, None, type(None)),
+    ],
+)
+def test_the_configuration_chooses_the_augmentation(rand, auto, jitter, kind):
+    config = make_config(RAND_AUGMENT=rand, AUTO_AUGMENT=auto, COLOR_JITTER=jitter)
+    transform = transforms.build_transform(config, train=True)
+    assert type(transform.augment) is kind
+    image = read_image("small_100x80.jpg")
+    assert transform(image, np.random.default_rng(0)).shape == (32, 32, 3)
+
+
+def test_the_configuration_sets_strength_crop_and_flip():
+    config = make_config(RAND_AUGMENT_LAYERS=3, RAND_AUGMENT_MAGNITUDE=7)
+    augment = transforms.build_transform(config, train=True).augment
+    assert (augment.num_layers, augment.magnitude) == (3, 7)
+
+    config = make_config(CROP_SCALE=[0.5, 0.5], CROP_RATIO=[2.0, 2.0], HFLIP=1.0)
+    transform = transforms.build_transform(config, train=True)
+    transform.augment = None
+    image = small_image(32, 32)
+    flipped = transform(image, np.random.default_rng(0))
+    box = transforms.random_crop_box(32, 32, np.random.default_rng(0), (0.5, 0.5), (2, 2))
+    assert (box[2] - box[0], box[3] - box[1]) == (32, 16)
+    resized = pixels(image.resize((32, 32), Image.Resampling.BICUBIC, box=box))
+    assert np.array_equal(flipped, resized[:, ::-1])
+    assert transform.flip == 1
+
+    config = make_config(RAND_AUGMENT=False, AUTO_AUGMENT=False, COLOR_JITTER=0.25)
+    jitter = transforms.build_transform(config, train=True).augment
+    assert (jitter.low, jitter.high) == (0.75, 1.25)
+
+
+def test_the_configuration_sets_the_evaluation_crop():
+    config = make_config()
+    config.DATA.CROP_PCT = 0.5
+    image = read_image("small_100x80.jpg")
+    crop = transforms.build_transform(config, train=False)(image, None)
+    assert np.array_equal(crop, EvalTransform(32, 0.5)(image))

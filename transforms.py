@@ -1,0 +1,555 @@
+"""What happens to images between the file and the model.
+
+Part 1, one image on the host: a PIL image in mode RGB (the dataset converts) becomes a uint8 array
+[size, size, 3]. Part 2, one batch on the device: normalize, erase, mix, soft targets.
+
+Every random choice comes from the numpy Generator passed in, never from global state, so that it
+can be a function of (seed, epoch, image) or (seed, step, rank). Semantics and constants are timm
+1.0.31's unless a line says otherwise.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+BICUBIC = Image.Resampling.BICUBIC
+
+# --- one image: crops ---
+
+
+class EvalTransform:
+    """Resize the short side to floor(image_size / crop_pct), bicubic, and keep the centre square.
+
+    The same pixels as timm's evaluation transform, at most 1 level of rounding apart.
+
+    Args:
+        image_size: side of the output in pixels.
+        crop_pct: its share of the resized image's short side.
+
+    Raises:
+        ValueError: crop_pct is not above 0 and at most 1.
+    """
+
+    def __init__(self, image_size, crop_pct):
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1.")
+        self.image_size = image_size
+        self.short_side = math.floor(image_size / crop_pct)
+
+    def __call__(self, image, rng=None):
+        """PIL image (mode RGB) to uint8 [size, size, 3]; `rng` is not used."""
+        # Two passes by hand, over little more than what is kept. One resize with box= would be
+        # simpler, but Pillow 13 runs its passes in another order (5 levels apart), and a box that
+        # float32 cannot hold moves the first pass's rounding, which the second can double.
+        size, (width, height) = self.image_size, image.size
+        resized_width, left = self._resized(width, min(width, height))
+        resized_height, top = self._resized(height, min(width, height))
+        scale = height / resized_height
+        first, last = top * scale, (top + size) * height / resized_height
+        reach = math.ceil(2 * max(1, scale))  # of the bicubic filter, in source pixels
+        above, below = max(0, int(first) - reach), min(height, math.ceil(last) + reach)
+        rows = image.crop((0, above, width, below)).resize((resized_width, below - above), BICUBIC)
+        kept = rows.crop((left, 0, left + size, below - above))
+        box = (0, first - above, size, last - above)
+        return np.array(kept.resize((size, size), BICUBIC, box=box))
+
+    def _resized(self, side, short):
+        """A side when resized, and where the centre crop begins on it, rounded as torchvision."""
+        resized = int(self.short_side * side / short)
+        return resized, round((resized - self.image_size) / 2)
+
+
+def random_crop_box(width, height, rng, scale, ratio):
+    """Draw the part of an image that a random resized crop keeps.
+
+    A share of the area (uniform in `scale`) and an aspect width / height (log-uniform in `ratio`)
+    are drawn up to 10 times until they fit; then it is the largest central box that `ratio` allows.
+
+    Returns:
+        ints (left, top, right, bottom), inside the image and never empty (timm's can be, for an
+        image of a few pixels).
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w = max(1, round(math.sqrt(area * aspect)))
+        h = max(1, round(math.sqrt(area / aspect)))
+        if w <= width and h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+class TrainTransform:
+    """Random resized crop (bicubic), horizontal flip with probability `flip`, then `augment`.
+
+    Args:
+        image_size: side of the output in pixels.
+        augment: None, or one of the classes below, called with (PIL image, rng).
+        scale, ratio: see `random_crop_box`.
+    """
+
+    def __init__(self, image_size, augment, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5):
+        self.image_size, self.augment = image_size, augment
+        self.scale, self.ratio, self.flip = scale, ratio, flip
+
+    def __call__(self, image, rng):
+        """PIL image (mode RGB) and numpy Generator to uint8 [size, size, 3]."""
+        box = random_crop_box(*image.size, rng, self.scale, self.ratio)
+        image = image.resize((self.image_size, self.image_size), BICUBIC, box=box)
+        if rng.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.augment is not None:
+            image = self.augment(image, rng)
+        return np.array(image)
+
+
+# --- one image: augmentation ---
+
+MAX_LEVEL = 10  # an operator's strength is 0 to 10
+GRAY = (128, 128, 128)  # what geometric operators uncover: the mean pixel
+
+# Operators are called with (image, value, resample); these make one from what each needs.
+
+
+def _plain(function):
+    return lambda image, value, resample: function(image)
+
+
+def _valued(function):
+    return lambda image, value, resample: function(image, value)
+
+
+def _enhance(enhancer):
+    return lambda image, factor, resample: enhancer(image).enhance(factor)
+
+
+def _affine(matrix):
+    """`matrix` is a function of (value, width, height): from output to source coordinates."""
+    return lambda image, value, resample: image.transform(
+        image.size, Image.Transform.AFFINE, matrix(value, *image.size), resample, fillcolor=GRAY
+    )
+
+
+def _rotate(image, degrees, resample):
+    return image.rotate(degrees, resample, fillcolor=GRAY)
+
+
+def _solarize_add(image, addition):
+    dark = [min(255, value + addition) for value in range(128)]
+    return image.point((dark + list(range(128, 256))) * 3)
+
+
+def _signed(most):
+    return lambda share, sign: sign * share * most
+
+
+def _factor(share, sign):
+    return share * 1.8 + 0.1
+
+
+def _factor_from_1(share, sign):
+    return max(0.1, 1 + sign * share * 0.9)
+
+
+# name: (value from (level as a share of the highest, sign), operator). "Increasing" ones change the
+# image more as the level rises; those they replace, AutoAugment's, need not.
+OPERATORS = {
+    "AutoContrast": (lambda share, sign: None, _plain(ImageOps.autocontrast)),
+    "Equalize": (lambda share, sign: None, _plain(ImageOps.equalize)),
+    "Invert": (lambda share, sign: None, _plain(ImageOps.invert)),
+    "PosterizeOriginal": (lambda share, sign: 4 + int(share * 4), _valued(ImageOps.posterize)),
+    # At level 10 timm keeps 0 bits, a black image, which Pillow 13 refuses: one bit stays.
+    "PosterizeIncreasing": (
+        lambda share, sign: max(1, 4 - int(share * 4)),
+        _valued(ImageOps.posterize),
+    ),
+    "Solarize": (lambda share, sign: int(share * 256), _valued(ImageOps.solarize)),
+    "SolarizeIncreasing": (lambda share, sign: 256 - int(share * 256), _valued(ImageOps.solarize)),
+    "SolarizeAdd": (lambda share, sign: int(share * 110), _valued(_solarize_add)),
+    "Color": (_factor, _enhance(ImageEnhance.Color)),
+    "ColorIncreasing": (_factor_from_1, _enhance(ImageEnhance.Color)),
+    "Contrast": (_factor, _enhance(ImageEnhance.Contrast)),
+    "ContrastIncreasing": (_factor_from_1, _enhance(ImageEnhance.Contrast)),
+    "Brightness": (_factor, _enhance(ImageEnhance.Brightness)),
+    "BrightnessIncreasing": (_factor_from_1, _enhance(ImageEnhance.Brightness)),
+    "Sharpness": (_factor, _enhance(ImageEnhance.Sharpness)),
+    "SharpnessIncreasing": (_factor_from_1, _enhance(ImageEnhance.Sharpness)),
+    "Rotate": (_signed(30), _rotate),  # degrees
+    "ShearX": (_signed(0.3), _affine(lambda factor, w, h: (1, factor, 0, 0, 1, 0))),
+    "ShearY": (_signed(0.3), _affine(lambda factor, w, h: (1, 0, 0, factor, 1, 0))),
+    "TranslateXRel": (_signed(0.45), _affine(lambda offset, w, h: (1, 0, offset * w, 0, 1, 0))),
+    "TranslateYRel": (_signed(0.45), _affine(lambda offset, w, h: (1, 0, 0, 0, 1, offset * h))),
+}
+
+# fmt: off
+RAND_AUGMENT_OPERATORS = (  # of timm's rand-m9-mstd0.5-inc1
+    "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
+    "SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",
+    "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
+)
+# fmt: on
+
+# AutoAugment's ImageNet policy (arXiv 1805.09501): pairs of (operator, probability, level).
+AUTO_AUGMENT_POLICY = (
+    (("PosterizeOriginal", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+    (("PosterizeOriginal", 0.6, 7), ("PosterizeOriginal", 0.6, 6)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)),
+    (("PosterizeOriginal", 0.8, 5), ("Equalize", 1.0, 2)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 8), ("PosterizeOriginal", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
+    (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+)
+
+
+def apply_op(image, name, level, sign=1, resample=BICUBIC):
+    """Apply the operator `name` of OPERATORS to a PIL image (mode RGB) and return the result.
+
+    Args:
+        level: strength, 0 to 10.
+        sign: +1 or -1, the direction of operators that have one; the others ignore it.
+        resample: PIL's filter for geometric operators.
+    """
+    to_value, operator = OPERATORS[name]
+    return operator(image, to_value(level / MAX_LEVEL, sign), resample)
+
+
+class RandAugment:
+    """`num_layers` operators drawn with replacement, each applied with probability `prob`.
+
+    Levels are normal(magnitude, magnitude_std), clipped to 0..10. Source: arXiv 1909.13719.
+    """
+
+    def __init__(self, num_layers=2, magnitude=9, magnitude_std=0.5, prob=0.5, resample=BICUBIC):
+        self.num_layers, self.prob, self.resample = num_layers, prob, resample
+        self.magnitude, self.magnitude_std = magnitude, magnitude_std
+
+    def __call__(self, image, rng):
+        """PIL image (mode RGB) and numpy Generator to PIL image of the same size."""
+        for index in rng.integers(len(RAND_AUGMENT_OPERATORS), size=self.num_layers):
+            if rng.random() < self.prob:
+                level = min(max(rng.normal(self.magnitude, self.magnitude_std), 0), MAX_LEVEL)
+                name = RAND_AUGMENT_OPERATORS[index]
+                image = apply_op(image, name, level, rng.choice((1, -1)), self.resample)
+        return image
+
+
+class AutoAugment:
+    """One sub-policy drawn from `policy`, its operators applied with their probabilities."""
+
+    def __init__(self, policy=AUTO_AUGMENT_POLICY, resample=BICUBIC):
+        self.policy, self.resample = policy, resample
+
+    def __call__(self, image, rng):
+        """PIL image (mode RGB) and numpy Generator to PIL image of the same size."""
+        for name, prob, level in self.policy[rng.integers(len(self.policy))]:
+            if rng.random() < prob:
+                image = apply_op(image, name, level, rng.choice((1, -1)), self.resample)
+        return image
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation times factors in 1 +- strength, in random order.
+
+    Factors are uniform and never below 0. Source: torchvision's ColorJitter(s, s, s).
+    """
+
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+    def __init__(self, strength=0.4):
+        self.low, self.high = max(0, 1 - strength), 1 + strength
+
+    def __call__(self, image, rng):
+        """PIL image (mode RGB) and numpy Generator to PIL image of the same size."""
+        factors = rng.uniform(self.low, self.high, size=3)
+        for index in rng.permutation(3):
+            image = self.enhancers[index](image).enhance(factors[index])
+        return image
+
+
+def build_transform(config, train):
+    """The transform of one image, called with (image, rng), that `config` asks for.
+
+    TRAIN.RAND_AUGMENT wins over AUTO_AUGMENT; COLOR_JITTER is for when both are off (as PaddleViT).
+    """
+    if not train:
+        return EvalTransform(config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
+    options, augment = config.TRAIN, None
+    if options.RAND_AUGMENT:
+        augment = RandAugment(options.RAND_AUGMENT_LAYERS, options.RAND_AUGMENT_MAGNITUDE)
+    elif options.AUTO_AUGMENT:
+        augment = AutoAugment()
+    elif options.COLOR_JITTER:
+        augment = ColorJitter(options.COLOR_JITTER)
+    crop = {"scale": options.CROP_SCALE, "ratio": options.CROP_RATIO}
+    return TrainTransform(config.DATA.IMAGE_SIZE, augment, **crop, flip=options.HFLIP)
+
+
+# --- one batch: drawn on the host, applied on the device, nothing read back ---
+# A box is (top, left, bottom, right) in pixels, the last two excluded; without area it is none.
+
+
+def normalize(images, mean, std):
+    """(images / 255 - mean) / std, with channels first.
+
+    Args:
+        images: uint8 Tensor [batch, height, width, channels].
+        mean, std: float32 Tensors [channels], where 1 is full intensity.
+
+    Returns:
+        float32 Tensor [batch, channels, height, width].
+    """
+    return ((images.astype("float32") / 255 - mean) / std).transpose([0, 3, 1, 2])
+
+
+def _inside(boxes, height, width):
+    """Which pixels are in each image's box: bool Tensor [n, 1, height, width] of array [n, 4]."""
+    top, left, bottom, right = boxes.T[:, :, None]
+    y, x = np.arange(height), np.arange(width)
+    rows = paddle.to_tensor((top <= y) & (y < bottom)).reshape([-1, 1, height, 1])
+    columns = paddle.to_tensor((left <= x) & (x < right)).reshape([-1, 1, 1, width])
+    return paddle.logical_and(rows, columns)
+
+
+def draw_erasing(rng, batch, height, width, prob, count=1, split=False):
+    """Draw the boxes that random erasing fills (arXiv 1708.04896).
+
+    An image is erased with probability `prob`, in 1 to `count` boxes. Together they have 2% to 33%
+    of its area, each with log-uniform aspect 0.3 to 1 / 0.3. With `split` the first half of the
+    batch stays as it is (timm's num_splits = 2).
+
+    Returns:
+        int64 array [batch, count, 4] of boxes.
+    """
+    boxes = np.zeros((batch, count, 4), np.int64)
+    for i in range(batch // 2 if split else 0, batch):
+        if rng.random() < prob:
+            number = rng.integers(1, count + 1)
+            boxes[i, :number] = [_erased_box(rng, height, width, number) for _ in range(number)]
+    return boxes
+
+
+def _erased_box(rng, height, width, number):
+    for _ in range(10):
+        area = rng.uniform(0.02, 1 / 3) * height * width / number
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return top, left, top + h, left + w
+    return 0, 0, 0, 0
+
+
+def erase(images, boxes, mode):
+    """Fill boxes of normalized images.
+
+    Args:
+        images: float32 Tensor [batch, channels, height, width].
+        boxes: int array [batch, count, 4]; a later box covers an earlier one.
+        mode: "pixel", normal noise; "rand", one normally distributed colour a box; "const", 0, the
+            mean colour. Noise is from Paddle's device generator, which the caller seeds.
+
+    Returns:
+        float32 Tensor like `images`.
+    """
+    batch, channels, height, width = images.shape
+    for k in range(boxes.shape[1]):
+        if mode == "pixel":
+            fill = paddle.randn([batch, channels, height, width], dtype="float32")
+        elif mode == "rand":
+            fill = paddle.randn([batch, channels, 1, 1], dtype="float32")
+        else:
+            fill = paddle.zeros([1], dtype="float32")
+        images = paddle.where(_inside(boxes[:, k], height, width), fill, images)
+    return images
+
+
+class Mix(NamedTuple):
+    """How images are mixed with their partners, those of the flipped batch; n is batch or 1.
+
+    lam: float32 array [n], the share of an image's own label.
+    boxes: int64 array [n, 4]: cutmix takes these pixels from the partner. Where there is no box it
+        is mixup: lam of the image plus (1 - lam) of the partner.
+    """
+
+    lam: np.ndarray
+    boxes: np.ndarray
+
+
+def draw_mix(
+    rng, batch, size, mixup_alpha, cutmix_alpha, minmax=None, prob=1, switch_prob=0.5, mode="batch"
+):
+    """Draw mixup (arXiv 1710.09412) and cutmix (1905.04899) for a batch, odd ones too.
+
+    Args:
+        size: (height, width).
+        mixup_alpha, cutmix_alpha: lam is Beta(alpha, alpha); one of them may be 0, off.
+        minmax: None, or the (least, most) share of a side that cutmix's boxes have, whatever lam;
+            cutmix_alpha is then taken as 1.
+        prob: probability of any mixing for each draw.
+        switch_prob: probability of cutmix where both are on.
+        mode: "batch" draws once, "pair" for each image and its partner, "elem" for each image.
+
+    Returns:
+        Mix, with cutmix's lam corrected to the share of pixels that the image keeps.
+    """
+    n = {"batch": 1, "pair": (batch + 1) // 2, "elem": batch}[mode]
+    if minmax is not None:
+        cutmix_alpha = 1.0
+    both = mixup_alpha > 0 and cutmix_alpha > 0
+    cutmix = rng.random(n) < (switch_prob if both else cutmix_alpha > 0)
+    mixed = rng.random(n) < prob
+    alpha = np.where(cutmix, cutmix_alpha, mixup_alpha)
+    lam = np.where(mixed, rng.beta(alpha, alpha), 1)
+    boxes = _cutmix_boxes(rng, lam, np.array(size), minmax) * (cutmix & mixed)[:, None]
+    top, left, bottom, right = boxes.T
+    lam = np.where(cutmix, 1 - (bottom - top) * (right - left) / (size[0] * size[1]), lam)
+    mix = Mix(lam.astype(np.float32), boxes)
+    if mode == "pair":
+        pair = np.minimum(np.arange(batch), np.arange(batch)[::-1])
+        mix = Mix(mix.lam[pair], boxes[pair])
+    return mix
+
+
+def _cutmix_boxes(rng, lam, size, minmax):
+    """Boxes [n, 4] for lam [n]; without `minmax` centred anywhere and clipped to the image."""
+    if minmax is not None:
+        least, most = (size * minmax[0]).astype(int), (size * minmax[1]).astype(int)
+        cut = rng.integers(least, np.maximum(most, least + 1), size=(len(lam), 2))
+        first = rng.integers(size - cut + 1)
+        return np.concatenate([first, first + cut], axis=1)
+    cut = (size * np.sqrt(1 - lam)[:, None]).astype(int)
+    centre = rng.integers(size, size=(len(lam), 2))
+    first, last = np.maximum(centre - cut // 2, 0), np.minimum(centre + (cut + 1) // 2, size)
+    return np.concatenate([first, last], axis=1)
+
+
+def mix_images(images, mix):
+    """Mix a float32 Tensor [batch, channels, height, width] with its flip as a Mix says."""
+    has_box = mix.boxes.any(axis=1)
+    # An image's own weight: lam for mixup; for cutmix 1, and 0 in the box.
+    weight = paddle.to_tensor(np.where(has_box, np.float32(1), mix.lam)).reshape([-1, 1, 1, 1])
+    if has_box.any():
+        weight = weight * (1 - _inside(mix.boxes, *images.shape[2:]).astype("float32"))
+    return images * weight + images.flip(0) * (1 - weight)
+
+
+def soft_targets(labels, num_classes, smoothing=0.0, lam=None):
+    """Label distributions, smoothed, then mixed with those of the flipped batch.
+
+    Args:
+        labels: int64 Tensor [batch].
+        smoothing: the share that is spread evenly over all classes.
+        lam: None, or float32 array [batch] or [1], the share of a row's own label.
+
+    Returns:
+        float32 Tensor [batch, num_classes]; rows sum to 1.
+    """
+    targets = F.one_hot(labels, num_classes).astype("float32")
+    targets = targets * (1 - smoothing) + smoothing / num_classes
+    if lam is not None:
+        lam = paddle.to_tensor(lam).reshape([-1, 1])
+        targets = targets * lam + targets.flip(0) * (1 - lam)
+    return targets
+
+
+class BatchTransform:
+    """Turn a loader's batch into the model's input and the loss's targets.
+
+    Args:
+        mean, std: per channel, where 1 is full intensity.
+        num_classes: None leaves labels as they are (evaluation).
+        smoothing: see `soft_targets`.
+        erasing: None, or a dict of `draw_erasing`'s prob, count and split, and `erase`'s mode.
+        mixing: None, or a dict of `draw_mix`'s arguments from mixup_alpha on.
+    """
+
+    def __init__(self, mean, std, num_classes=None, smoothing=0.0, erasing=None, mixing=None):
+        self.mean = paddle.to_tensor(mean, dtype="float32")
+        self.std = paddle.to_tensor(std, dtype="float32")
+        self.num_classes, self.smoothing = num_classes, smoothing
+        self.erasing, self.mixing = erasing, mixing
+
+    def __call__(self, images, labels, rng=None):
+        """Normalize, erase, mix.
+
+        Args:
+            images: uint8 Tensor [batch, height, width, channels].
+            labels: int64 Tensor [batch].
+            rng: numpy Generator, for erasing and mixing.
+
+        Returns:
+            float32 Tensor [batch, channels, height, width]; labels or float32 [batch, num_classes].
+        """
+        batch, height, width, _ = images.shape
+        images, lam = normalize(images, self.mean, self.std), None
+        if self.erasing:
+            options = dict(self.erasing)
+            mode = options.pop("mode")
+            images = erase(images, draw_erasing(rng, batch, height, width, **options), mode)
+        if self.mixing:
+            mix = draw_mix(rng, batch, (height, width), **self.mixing)
+            images, lam = mix_images(images, mix), mix.lam
+        if self.num_classes is None:
+            return images, labels
+        return images, soft_targets(labels, self.num_classes, self.smoothing, lam)
+
+
+def build_batch_transform(config, train):
+    """The BatchTransform that `config` asks for; for evaluation it only normalizes.
+
+    It erases where TRAIN.RANDOM_ERASE_PROB is above 0, and mixes where MIXUP_PROB is and one of
+    MIXUP_ALPHA, CUTMIX_ALPHA and CUTMIX_MINMAX is on.
+    """
+    mean, std, options = config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD, config.TRAIN
+    if not train:
+        return BatchTransform(mean, std)
+    erasing = {
+        "prob": options.RANDOM_ERASE_PROB,
+        "count": options.RANDOM_ERASE_COUNT,
+        "split": options.RANDOM_ERASE_SPLIT,
+        "mode": options.RANDOM_ERASE_MODE,
+    }
+    mixing = {
+        "mixup_alpha": options.MIXUP_ALPHA,
+        "cutmix_alpha": options.CUTMIX_ALPHA,
+        "minmax": options.CUTMIX_MINMAX,
+        "prob": options.MIXUP_PROB,
+        "switch_prob": options.MIXUP_SWITCH_PROB,
+        "mode": options.MIXUP_MODE,
+    }
+    if options.MIXUP_ALPHA <= 0 and options.CUTMIX_ALPHA <= 0 and options.CUTMIX_MINMAX is None:
+        mixing = None
+    return BatchTransform(
+        mean,
+        std,
+        config.MODEL.NUM_CLASSES,
+        options.SMOOTHING,
+        erasing if options.RANDOM_ERASE_PROB > 0 else None,
+        mixing if options.MIXUP_PROB > 0 else None,
+    )
