@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+import augment
 import transforms
+from augment import AutoAugment, ColorJitter, RandAugment
 from config import get_config
-from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
+from transforms import EvalTransform, TrainTransform
 
 AUGMENTED = golden.load("augment_ops")
 KEYS = [key for key in AUGMENTED if key != "image" and not key.startswith("arg/")]
@@ -47,7 +49,7 @@ class Recorder:
 @pytest.fixture
 def applied(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(transforms, "apply_op", recorder)
+    monkeypatch.setattr(augment, "apply_op", recorder)
     return recorder.calls
 
 
@@ -198,35 +200,35 @@ def test_operators_have_timms_pixels(key):
     name, level, sign, resample = key.split("/")
     image = Image.fromarray(AUGMENTED["image"])
     sign = 1 if sign == "+" else -1
-    result = transforms.apply_op(image, name, int(level), sign, RESAMPLE.get(resample))
+    result = augment.apply_op(image, name, int(level), sign, RESAMPLE.get(resample))
     assert np.array_equal(pixels(result), AUGMENTED[key])
 
 
-@pytest.mark.parametrize("name", sorted(transforms.OPERATORS))
+@pytest.mark.parametrize("name", sorted(augment.OPERATORS))
 def test_operators_take_any_level_and_leave_the_original_alone(name):
     image = small_image()
     before = pixels(image)
     for level in (0, 0.0, 4.999, 9.97, 10):
         for sign in (1, -1):
-            result = transforms.apply_op(image, name, level, sign)
+            result = augment.apply_op(image, name, level, sign)
             assert result.size == image.size and result.mode == "RGB"
     assert np.array_equal(pixels(image), before)
 
 
 def test_posterizing_to_no_bits_keeps_one():
     image = small_image()
-    result = pixels(transforms.apply_op(image, "PosterizeIncreasing", 10))
+    result = pixels(augment.apply_op(image, "PosterizeIncreasing", 10))
     assert np.array_equal(result, pixels(image) & 128)
 
 
 def test_what_rotation_uncovers_is_gray():
-    rotated = transforms.apply_op(Image.new("RGB", (40, 30)), "Rotate", 10)
+    rotated = augment.apply_op(Image.new("RGB", (40, 30)), "Rotate", 10)
     assert (pixels(rotated)[0, 0] == 128).all()
 
 
 def test_policies_are_timms():
-    assert sorted(transforms.RAND_AUGMENT_OPERATORS) == POLICIES["randaugment_increasing"]
-    policy = [[list(op) for op in pair] for pair in transforms.AUTO_AUGMENT_POLICY]
+    assert sorted(augment.RAND_AUGMENT_OPERATORS) == POLICIES["randaugment_increasing"]
+    policy = [[list(op) for op in pair] for pair in augment.AUTO_AUGMENT_POLICY]
     assert policy == POLICIES["autoaugment_original"]
 
 
@@ -263,7 +265,7 @@ def test_autoaugment_applies_each_sub_policy_with_its_probabilities(applied):
     for _ in range(25 * 400):
         AutoAugment()(None, rng)
     expected = {}
-    for name, prob, level in (op for pair in transforms.AUTO_AUGMENT_POLICY for op in pair):
+    for name, prob, level in (op for pair in augment.AUTO_AUGMENT_POLICY for op in pair):
         expected[name, level] = expected.get((name, level), 0) + 400 * prob
     counts = {}
     for name, level, _ in applied:
