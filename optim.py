@@ -1,6 +1,7 @@
 """What changes the weights: AdamW's parts, the learning rate of a step, one update, the EMA."""
 
 import contextlib
+import functools
 import math
 
 import paddle
@@ -70,6 +71,18 @@ def build_optimizer(config, model, learning_rate):
         apply_decay_param_fun=lambda name: name in decayed,
         grad_clip=paddle.nn.ClipGradByGlobalNorm(train.GRAD_CLIP) if train.GRAD_CLIP else None,
     )
+
+
+def build_autocast(amp, dtype):
+    """Makes the context in which a model runs: mixed precision, or none.
+
+    Args:
+        amp: whether there is mixed precision (a GPU, and asked for).
+        dtype: "float16" or "bfloat16", what matrix products and convolutions compute in.
+    """
+    if not amp:
+        return contextlib.nullcontext
+    return functools.partial(paddle.amp.auto_cast, enable=True, level="O1", dtype=dtype)
 
 
 def build_scaler(amp, dtype):

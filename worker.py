@@ -1,7 +1,5 @@
 """One rank of a run: builds the parts from the config and runs the loops."""
 
-import contextlib
-import functools
 import json
 import os
 import time
@@ -10,6 +8,7 @@ import paddle
 
 import checkpoint
 import engine
+import optim
 import pdparams
 import utils
 from checkpoint import WeightsError
@@ -55,7 +54,9 @@ class Worker:
         self.folder = self._make_folder()
         self.log = utils.setup_logging(self.folder, self.rank)
         self.metrics = utils.MetricsFile(self.folder, self.rank)
-        self.autocast = self._choose_autocast()
+        self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
+        if config.AMP and not self.amp:
+            self.notices.append("-amp: this is a CPU, where Paddle has no AMP: running float32")
         self._load_pretrained()
         self._log_start()
 
@@ -105,16 +106,6 @@ class Worker:
         folder = utils.broadcast_object(folder)
         os.makedirs(folder, exist_ok=True)  # on another host
         return folder
-
-    def _choose_autocast(self):
-        """Makes the context in which the model runs: AMP on a GPU, float32 elsewhere."""
-        if not self.amp:
-            if self.config.AMP:
-                self.notices.append("-amp: this is a CPU, where Paddle has no AMP: running float32")
-            return contextlib.nullcontext
-        return functools.partial(
-            paddle.amp.auto_cast, enable=True, level="O1", dtype=self.config.AMP_DTYPE
-        )
 
     @property
     def amp(self):

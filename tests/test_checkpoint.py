@@ -1,0 +1,181 @@
+"""Weights into models, optimizer state under structured names, checkpoints on the disk."""
+
+import os
+
+import numpy as np
+import paddle
+import pytest
+from golden import config_of
+
+import checkpoint
+import pdparams
+from gmlp import build_gmlp
+
+
+def make_model(**changes):
+    config = config_of("tiny")
+    for key, value in changes.items():
+        config.MODEL[key] = value
+    return build_gmlp(config)
+
+
+def make_weights(model, value=0.5):
+    return {k: np.full(v.shape, value, "float32") for k, v in model.state_dict().items()}
+
+
+def is_filled(model, value=0.5):
+    return all((v.numpy() == value).all() for v in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "tree, expected",
+    [
+        (lambda w: w, 0.5),
+        (lambda w: {"model": w, "epoch": 3}, 0.5),
+        (lambda w: {"model": {k: v + 1 for k, v in w.items()}, "model_ema": w}, 0.5),
+        (lambda w: {"model": w, "model_ema": {}}, 0.5),
+    ],
+    ids=["bare", "checkpoint", "checkpoint with EMA", "checkpoint with an empty EMA"],
+)
+def test_weights_come_from_a_bare_file_or_a_checkpoint_ema_first(tree, expected, tmp_path):
+    model = make_model()
+    path = tmp_path / "x.pdparams"
+    paddle.save(tree(make_weights(model)), str(path))
+    assert not checkpoint.assign_weights(model, checkpoint.load_weights(path), path)
+    assert is_filled(model, expected)
+
+
+@pytest.mark.parametrize("tree", [{}, {"model": 3}, {"a": 1}, {"model": {}}])
+def test_a_file_without_weights_is_refused(tree, tmp_path):
+    path = tmp_path / "x.pdparams"
+    paddle.save(tree, str(path))
+    with pytest.raises(checkpoint.WeightsError, match=r"x\.pdparams.*no weights"):
+        checkpoint.load_weights(path)
+
+
+def test_wrong_weights_change_nothing_and_are_listed_with_both_shapes(tmp_path):
+    model = make_model()
+    weights = make_weights(model)
+    before = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    weights["norm.weight"] = np.zeros(7, "float32")
+    del weights["norm.bias"]
+    weights["extra"] = np.zeros(1, "float32")
+    with pytest.raises(checkpoint.NotThisModel) as error:
+        checkpoint.assign_weights(model, weights, "w.pdparams", allow_new_head=True)
+    message = str(error.value)
+    for part in ("w.pdparams", "norm.weight is [7]", "wanted [16]", "norm.bias is not there",
+                 "extra is [1], wanted nothing"):  # fmt: skip
+        assert part in message
+    assert all((model.state_dict()[k].numpy() == v).all() for k, v in before.items())
+
+
+def test_a_new_head_is_only_made_where_it_is_allowed(tmp_path):
+    weights = make_weights(make_model(NUM_CLASSES=7))
+    model = make_model()
+    with pytest.raises(checkpoint.NotThisModel, match=r"head\.weight"):
+        checkpoint.assign_weights(model, weights, "w")
+    assert checkpoint.assign_weights(model, weights, "w", allow_new_head=True)
+    assert (model.norm.weight.numpy() == 0.5).all()
+    assert (model.head.weight.numpy() == 0).all() and model.head.weight.shape == [16, 10]
+
+
+def train_steps(model, optimizer, seeds):
+    for seed in seeds:
+        paddle.seed(seed)
+        model(paddle.randn([4, 3, 32, 32])).square().mean().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+
+
+def make_optimizer(model):
+    return paddle.optimizer.AdamW(0.01, parameters=model.parameters())
+
+
+def test_optimizer_state_survives_other_parameter_names(tmp_path):
+    model = make_model()
+    model.head.weight.set_value(paddle.ones([16, 10]))
+    start = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    optimizer = make_optimizer(model)
+    train_steps(model, optimizer, [1, 2])
+    checkpoint.save(
+        tmp_path,
+        ["a.pdparams"],
+        {
+            "model": model.state_dict(),
+            "optimizer": checkpoint.optimizer_state(optimizer, model),
+        },
+    )
+    train_steps(model, optimizer, [3])
+
+    # Layers made before this model give it other names, as in a process that does more.
+    other = make_model()
+    assert other.head.weight.name != model.head.weight.name
+    tree = pdparams.read(tmp_path / "a.pdparams", require_checksum=True)
+    checkpoint.assign_weights(other, tree["model"], "a")
+    fresh = make_optimizer(other)
+    assert checkpoint.restore_optimizer(fresh, other, tree["optimizer"])
+    train_steps(other, fresh, [3])
+    for name, value in other.state_dict().items():
+        assert np.array_equal(value.numpy(), model.state_dict()[name].numpy()), name
+        assert name == "head.bias" or not np.array_equal(value.numpy(), start[name]), name
+
+
+def test_optimizer_state_has_structured_names_only(tmp_path):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train_steps(model, optimizer, [1])
+    state = checkpoint.optimizer_state(optimizer, model)
+    kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+    assert set(state) == {f"{name}.{kind}" for name in model.state_dict() for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: None,
+        lambda state: {},
+        lambda state: {"linear_0.w_0_moment1_0": np.zeros(3)},
+        lambda state: {**state, "head.weight.moment1": np.zeros(3)},
+    ],
+    ids=["none", "empty", "PaddleViT's names", "a wrong shape"],
+)
+def test_optimizer_state_that_does_not_fit_is_not_used(damage):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train_steps(model, optimizer, [1])
+    state = {k: v.numpy() for k, v in checkpoint.optimizer_state(optimizer, model).items()}
+    other = make_model()
+    fresh = make_optimizer(other)
+    assert not checkpoint.restore_optimizer(fresh, other, damage(state))
+    moments = checkpoint.optimizer_state(fresh, other)
+    assert all((v.numpy() == 0).all() for k, v in moments.items() if "moment" in k)
+
+
+def test_several_names_of_one_checkpoint_are_all_whole(tmp_path):
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, ["last.pdparams", f"Epoch-{epoch}.pdparams"], {"epoch": epoch})
+    assert sorted(os.listdir(tmp_path)) == ["Epoch-1.pdparams", "Epoch-2.pdparams", "last.pdparams"]
+    for name, epoch in (("Epoch-1", 1), ("Epoch-2", 2), ("last", 2)):
+        assert pdparams.read(tmp_path / f"{name}.pdparams", require_checksum=True)["epoch"] == epoch
+
+
+def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save(tmp_path, ["last.pdparams", "best.pdparams"], {"epoch": 1})
+    assert pdparams.read(tmp_path / "best.pdparams", require_checksum=True)["epoch"] == 1
+
+
+def test_candidates_are_training_checkpoints_newest_first(tmp_path):
+    for age, name in enumerate(["train-b/last", "train-a/Epoch-3", "train-a/best"]):
+        path = tmp_path / f"{name}.pdparams"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "train-a" / "best_weights.pdparams").touch()
+    (tmp_path / "eval-a").mkdir()
+    (tmp_path / "eval-a" / "x.pdparams").touch()
+    found = [os.path.relpath(path, tmp_path) for path in checkpoint.candidates(str(tmp_path))]
+    assert found == ["train-b/last.pdparams", "train-a/Epoch-3.pdparams", "train-a/best.pdparams"]

@@ -1,0 +1,206 @@
+"""The training and evaluation loops, in this process and with one rank."""
+
+import contextlib
+
+import numpy as np
+import paddle
+import pytest
+from golden import config_of
+from paddle.nn import functional as F
+
+import engine
+import optim
+from gmlp import build_gmlp
+
+CLASSES = 10
+
+
+def make_batches(count, size, seed=0):
+    """`count` batches of (float images [size, 3, 32, 32], labels [size])."""
+    rng = np.random.default_rng(seed)
+    return [
+        (
+            paddle.to_tensor(rng.standard_normal((size, 3, 32, 32)).astype("float32")),
+            paddle.to_tensor(rng.integers(0, CLASSES, size)),
+        )
+        for _ in range(count)
+    ]
+
+
+def make_model(seed=0):
+    """The tiny model with a head that is not zero, so that every parameter has a gradient."""
+    paddle.seed(seed)
+    model = build_gmlp(config_of("tiny"))
+    model.head.weight.set_value(0.1 * paddle.randn(model.head.weight.shape))
+    return model
+
+
+def one_hot(images, labels, rng):
+    return images, F.one_hot(labels, CLASSES)
+
+
+def make_training(model, optimizer, accum_iter=1, **changes):
+    scaler = optim.build_scaler(False, "float16")
+    parts = {
+        "model": model,
+        "updater": optim.Updater(optimizer, scaler, optim.NoEMA()),
+        "batch_transform": one_hot,
+        "autocast": contextlib.nullcontext,
+        "no_sync": contextlib.nullcontext,
+        "accum_iter": accum_iter,
+        "seed": 0,
+        "rank": 0,
+        "report_freq": 1000,
+        "report": lambda *args: None,
+    }
+    return engine.Training(**{**parts, **changes})
+
+
+def make_optimizer(model):
+    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 0.1)
+    return paddle.optimizer.SGD(schedule, parameters=model.parameters())
+
+
+def train(batches, accum_iter=1, **changes):
+    """The model after one epoch of plain SGD."""
+    model = make_model()
+    training = make_training(model, make_optimizer(model), accum_iter, **changes)
+    engine.train_one_epoch(training, iter(batches), 1, len(batches))
+    return model, training
+
+
+def difference(first, second):
+    return max(float((a - b).abs().max()) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_four_accumulated_batches_of_eight_are_one_of_32():
+    small = make_batches(4, 8)
+    large = [tuple(paddle.concat(parts) for parts in zip(*small))]
+    accumulated, training = train(small, accum_iter=4)
+    whole, _ = train(large)
+    assert training.updater.step == 1
+    assert difference(whole, make_model()) > 1e-3
+    assert difference(accumulated, whole) < 1e-6
+
+
+def test_the_shorter_last_group_is_scaled_by_its_own_length():
+    batches = make_batches(5, 4)
+    accumulated, training = train(batches, accum_iter=3)
+    groups = [batches[:3], batches[3:]]
+    whole, _ = train([tuple(paddle.concat(parts) for parts in zip(*group)) for group in groups])
+    assert training.updater.step == 2
+    assert difference(accumulated, whole) < 1e-6
+
+
+def test_gradients_are_exchanged_once_a_step():
+    entered = []
+
+    @contextlib.contextmanager
+    def no_sync():
+        entered.append(True)
+        yield
+
+    train(make_batches(5, 2), accum_iter=3, no_sync=no_sync)
+    assert len(entered) == 3  # batches 1 and 2 of the first group, batch 1 of the second
+
+
+def test_the_model_runs_inside_autocast_and_the_loss_outside(monkeypatch):
+    calls, inside = [], []
+
+    @contextlib.contextmanager
+    def auto_cast(**kwargs):
+        calls.append(kwargs)
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(paddle.amp, "auto_cast", auto_cast)
+    losses = []
+    real_loss = F.cross_entropy
+    monkeypatch.setattr(
+        engine.F,
+        "cross_entropy",
+        lambda logits, *args, **kwargs: (
+            losses.append((bool(inside), logits.dtype)) or real_loss(logits, *args, **kwargs)
+        ),
+    )
+    autocast = optim.build_autocast(True, "bfloat16")
+    model, _ = train(make_batches(2, 2), autocast=autocast)
+    engine.validate(model, make_batches(1, 2), lambda x, y, rng: (x, y), autocast)
+    assert calls == [{"enable": True, "level": "O1", "dtype": "bfloat16"}] * 3
+    assert losses == [(False, paddle.float32)] * 3
+
+
+def test_the_host_reads_nothing_between_reports(monkeypatch):
+    reads = []
+    for name in ("numpy", "item"):  # float(), int(), bool() and tolist() end in one of them
+        real = getattr(paddle.Tensor, name)
+        monkeypatch.setattr(
+            paddle.Tensor, name, lambda *args, real=real: reads.append(name) or real(*args)
+        )
+    at_report = []
+    train(make_batches(10, 2), report_freq=5, report=lambda *args: at_report.append(len(reads)))
+    # One read of the loss per report; the last one is that of the epoch's mean.
+    assert at_report == [1, 2]
+    assert len(reads) == 3
+
+
+def test_reports_give_the_mean_loss_since_the_last():
+    rows = []
+    batches = make_batches(5, 4)
+    model = make_model()
+    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 0.0)
+    optimizer = paddle.optimizer.SGD(schedule, parameters=model.parameters())
+    training = make_training(model, optimizer, report_freq=2, report=lambda *row: rows.append(row))
+    mean = engine.train_one_epoch(training, iter(batches), 1, 5)
+    losses = [float(F.cross_entropy(model(x), y)) for x, y in batches]
+    assert [row[:2] for row in rows] == [(1, 2), (1, 4), (1, 5)]
+    expected = [np.mean(losses[:2]), np.mean(losses[2:4]), losses[4]]
+    assert [row[2] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert mean == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    batches = make_batches(3, 2)
+    batches[1][0][0] = float("nan")
+    with pytest.raises(engine.NonFiniteLoss, match="nan in epoch 1, batch 2"):
+        train(batches, report_freq=1)
+
+
+def test_validation_is_exact_for_any_batches():
+    model = make_model()
+    images, labels = (paddle.concat(parts) for parts in zip(*make_batches(1, 37)))
+    logits = model(images).numpy()
+    order = np.argsort(-logits, axis=1)
+    hits = order == labels.numpy()[:, None]
+    for size in (1, 5, 37):
+        batches = [(images[i : i + size], labels[i : i + size]) for i in range(0, 37, size)]
+        scores = engine.validate(model, batches, lambda x, y, rng: (x, y), contextlib.nullcontext)
+        assert scores["images"] == 37
+        assert scores["acc1"] == 100 * hits[:, 0].sum() / 37
+        assert scores["acc5"] == 100 * hits[:, :5].sum() / 37
+        assert scores["loss"] == pytest.approx(float(F.cross_entropy(model(images), labels)))
+
+
+def test_top_k_counts_break_ties_by_class_and_count_no_nan():
+    logits = paddle.to_tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 2.0, 3.0]])
+    labels = paddle.to_tensor([0, 1, 0])
+    assert engine.top_k_counts(logits, labels, ks=(1, 2, 3, 9)).tolist() == [1, 2, 3, 3]
+    assert engine.top_k_counts(logits * float("nan"), labels, ks=(1, 2)).tolist() == [0, 0]
+
+
+def test_random_parts_are_a_function_of_seed_epoch_batch_and_rank():
+    def draws(**changes):
+        seen = []
+
+        def transform(images, labels, rng):
+            seen.append((rng.random(), float(paddle.rand([]))))
+            return one_hot(images, labels, rng)
+
+        train(make_batches(3, 2), batch_transform=transform, **changes)
+        return seen
+
+    assert draws() == draws()
+    assert len({value for pair in draws() for value in pair}) == 6
+    assert not set(draws()) & set(draws(rank=1))
+    assert not set(draws()) & set(draws(seed=1))
