@@ -4,12 +4,14 @@ import contextlib
 import os
 import time
 
+import numpy as np
 import paddle
 
 import checkpoint
 import engine
 import optim
 import utils
+from config import ConfigError
 from datasets import DataError, TrainSampler, batches_per_epoch
 from transforms import build_batch_transform
 from worker import build_model, describe_scores
@@ -37,7 +39,7 @@ class Trainer:
             total=train.NUM_EPOCHS * self.steps_per_epoch,
         )
         self.optimizer = optim.build_optimizer(self.config, worker.model, schedule)
-        self.scaler = optim.build_scaler(worker.amp, self.config.AMP_DTYPE)
+        self.scaler = self._build_scaler()
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, self.scaler, self.ema)
         self.best = {"acc1": -1.0, "epoch": 0}
@@ -47,6 +49,15 @@ class Trainer:
             self._restore(worker.start, worker.start_path)
         self.training = self._build_training()
         self._log_plan(images_per_step)
+
+    def _build_scaler(self):
+        scaler = optim.build_scaler(self.worker.amp, self.config.AMP_DTYPE)
+        if scaler.is_enable() and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+            raise ConfigError(
+                f"AMP_DTYPE float16 cannot run with NumPy {np.__version__}, where Paddle's loss "
+                "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16"
+            )
+        return scaler
 
     def _build_ema(self):
         train = self.config.TRAIN

@@ -1,6 +1,7 @@
 """The training and evaluation loops, in this process and with one rank."""
 
 import contextlib
+import types
 
 import numpy as np
 import paddle
@@ -136,7 +137,7 @@ def test_the_host_reads_nothing_between_reports(monkeypatch):
     for name in ("numpy", "item"):  # float(), int(), bool() and tolist() end in one of them
         real = getattr(paddle.Tensor, name)
         monkeypatch.setattr(
-            paddle.Tensor, name, lambda *args, real=real: reads.append(name) or real(*args)
+            paddle.Tensor, name, lambda *args, real=real: reads.append(real) or real(*args)
         )
     at_report = []
     train(make_batches(10, 2), report_freq=5, report=lambda *args: at_report.append(len(reads)))
@@ -187,6 +188,52 @@ def test_top_k_counts_break_ties_by_class_and_count_no_nan():
     labels = paddle.to_tensor([0, 1, 0])
     assert engine.top_k_counts(logits, labels, ks=(1, 2, 3, 9)).tolist() == [1, 2, 3, 3]
     assert engine.top_k_counts(logits * float("nan"), labels, ks=(1, 2)).tolist() == [0, 0]
+
+
+@pytest.fixture
+def scaler_on_cpu(monkeypatch):
+    """Paddle's own loss scaler at work on a CPU, where it would switch itself off."""
+    place = types.SimpleNamespace(
+        is_gpu_place=lambda: True, is_xpu_place=lambda: False, is_custom_place=lambda: False
+    )
+    tracer = types.SimpleNamespace(_expected_place=place)
+    monkeypatch.setattr(paddle.amp.grad_scaler, "_dygraph_tracer", lambda: tracer)
+    return optim.build_scaler(True, "float16")
+
+
+def test_an_overflow_skips_the_step_the_ema_and_the_learning_rate(scaler_on_cpu):
+    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Paddle 3.3.1's GradScaler raises TypeError here (requirements.txt)")
+    assert scaler_on_cpu.is_enable()
+    model, average = make_model(), make_model()
+    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 0.1 / (1 + step))
+    clip = paddle.nn.ClipGradByGlobalNorm(1.0)
+    optimizer = paddle.optimizer.SGD(schedule, parameters=model.parameters(), grad_clip=clip)
+    ema = optim.EMA(model, average, 0.5)
+    updater = optim.Updater(optimizer, scaler_on_cpu, ema)
+    seen = []
+
+    def transform(images, labels, rng):
+        seen.append((updater.step, optimizer.get_lr(), difference(model, start), difference(
+            average, start)))  # fmt: skip
+        return one_hot(images, labels, rng)
+
+    start = make_model()
+    batches = make_batches(3, 4)
+    batches[1][0][0] = 1e38  # its gradients overflow
+    training = make_training(
+        model, optimizer, updater=updater, batch_transform=transform,
+        autocast=optim.build_autocast(True, "float16"),
+    )  # fmt: skip
+    with pytest.raises(engine.NonFiniteLoss):
+        engine.train_one_epoch(training, iter(batches), 1, 3)
+    before, after_good, after_bad = seen
+    assert before == (0, pytest.approx(0.1), 0, 0)
+    assert after_good[0] == 1 and after_good[1] == pytest.approx(0.05)
+    assert 0 < after_good[3] < after_good[2] <= 0.1 + 1e-6  # clipped at norm 1 after unscaling
+    assert after_bad == after_good
+    assert updater.step == 2
+    assert float(scaler_on_cpu.state_dict()["scale"][0]) == 2.0**15
 
 
 def test_random_parts_are_a_function_of_seed_epoch_batch_and_rank():

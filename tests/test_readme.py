@@ -1,0 +1,104 @@
+"""What the README shows works as printed."""
+
+import re
+import shutil
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from golden import draw_weights, load, timm_shapes, to_paddle
+from program import ROOT, run
+
+import config
+import main_multi_gpu
+
+README = (ROOT / "README.md").read_text()
+
+
+def snippets(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a gmlp_s16_224.pdparams like the published one, and the configs."""
+    folder = tmp_path_factory.mktemp("published")
+    weights = to_paddle(draw_weights(timm_shapes(load("gmlp_s16_224"))))
+    paddle.save(
+        {name: paddle.to_tensor(value) for name, value in weights.items()},
+        str(folder / "gmlp_s16_224.pdparams"),
+    )
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    return folder
+
+
+def test_the_python_snippets_give_timms_logits(published):
+    first, second = snippets("python")
+    check = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+{first}
+import paddle, numpy as np
+from golden import draw_images, load
+images = paddle.to_tensor(draw_images(224))
+expected = load("gmlp_s16_224")["logits_float64"]
+assert np.abs(model(images).numpy() - expected).max() < 1e-5
+model.set_state_dict({{k: v * 0 for k, v in model.state_dict().items()}})
+{second}
+assert np.abs(model(images).numpy() - expected).max() < 1e-5
+assert model.forward_features(images).shape == [2, 256]
+print("both agree")
+"""
+    result = run([sys.executable, "-c", check], cwd=published).check()
+    assert result.out.endswith("both agree\n")
+
+
+def test_every_flag_and_key_in_the_readme_exists():
+    parser = main_multi_gpu.build_parser()
+    flags = {option for action in parser._actions for option in action.option_strings}
+    shown = set(re.findall(r"(?<![\w-])(-[a-z_]{3,})(?=[= `\n])", README))
+    assert shown and shown <= flags, shown - flags
+    keys = set(re.findall(r"\b(?:TRAIN|DATA|MODEL)\.[A-Z_.]+[A-Z]", README))
+    assert keys and keys <= set(config.known_keys()), keys - set(config.known_keys())
+
+
+def test_every_file_in_the_readme_exists():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_layout_table_names_every_module():
+    for path in ROOT.glob("*.py"):
+        if path.name != "hubconf.py":
+            assert f"[{path.name}]({path.name})" in README, path.name
+
+
+def test_the_commands_are_those_of_the_scripts():
+    commands = [
+        text for text in snippets("shell") if "main_multi_gpu.py" in text and "CUDA" in text
+    ]
+    assert len(commands) == 2
+    for script, command in zip(("run_eval_multi.sh", "run_train_multi.sh"), commands):
+        words = re.findall(r"-(\w+)='?([\w./]+)", command)
+        text = (ROOT / script).read_text()
+        for flag, value in words:
+            name = value.rsplit("/", 1)[-1]
+            assert f"-{flag}" in text and name in text, (script, flag, value)
+
+
+def test_the_model_table_is_the_tools_output():
+    result = run([sys.executable, ROOT / "tools" / "model_table.py"]).check()
+    for name in ("gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224"):
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| {name}")]
+        (printed,) = [line for line in result.out.splitlines() if name in line]
+        for number in re.findall(r"\d[\d,]{6,}", printed):
+            assert number in row, (name, number)
+        assert len(re.findall(r"\d[\d,]{6,}", printed)) >= 2
+
+
+def test_published_weights_are_s16s():
+    weights = to_paddle(draw_weights(timm_shapes(load("gmlp_s16_224"))))
+    assert len(weights) == 306 and sum(np.size(v) for v in weights.values()) == 19_422_656
