@@ -16,6 +16,7 @@ import paddle
 import pdparams
 from pdparams import WeightsError
 
+_COUNTERS = ("epoch", "step")
 _HEAD = ("head.weight", "head.bias")
 
 
@@ -46,6 +47,29 @@ def weights_of(tree, path):
     arrays = isinstance(tree, dict) and all(isinstance(v, np.ndarray) for v in tree.values())
     if not (arrays and tree):
         raise WeightsError(f"{path}: holds no weights (parameter names with arrays)")
+    return tree
+
+
+def read(path, require_checksum=False):
+    """A training checkpoint's dict, with its numbers checked; see pdparams.read.
+
+    A bare state dict comes back as {"model": state dict}.
+    """
+    tree = pdparams.read(path, require_checksum)
+    if "model" not in tree:
+        return {"model": weights_of(tree, path)}
+    weights_of({"model": tree["model"]}, path)
+    run, best = tree.get("run", {}), tree.get("best", {})
+    sound = (
+        all(isinstance(tree.get(key, 0), int) and tree.get(key, 0) >= 0 for key in _COUNTERS)
+        and isinstance(run, dict)
+        and isinstance(best, dict)
+        and all(isinstance(value, (int, float)) for value in best.values())
+    )
+    if not sound:
+        raise WeightsError(
+            f"{path}: its epoch, step, best score or run are not what they should be"
+        )
     return tree
 
 

@@ -20,14 +20,13 @@ _ERROR_PIPE = "GMLP_ERROR_PIPE"  # the file descriptor on which a rank tells its
 
 
 def is_rank():
-    """Whether a launcher, ours or Paddle's, started this process as one rank of several."""
-    return "PADDLE_TRAINER_ID" in os.environ and int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1
+    """Whether a launcher, ours or Paddle's, started this process as a rank."""
+    return "PADDLE_TRAINER_ID" in os.environ
 
 
 def local_ranks():
     """How many ranks run on this host."""
-    default = os.environ.get("PADDLE_TRAINERS_NUM", "1") if is_rank() else "1"
-    return int(os.environ.get("PADDLE_LOCAL_SIZE", default))
+    return int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
 
 
 def available_cores():
@@ -93,20 +92,16 @@ def choose_ranks(nprocs, gpus):
     """
     if nprocs is not None and nprocs < 1:
         raise ValueError(f"-nprocs is {nprocs}, it must be at least 1")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    missing = named not in ("", "-1") and len(named.split(",")) > gpus
+    warning = f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds " if missing else None
     if gpus == 0:
-        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        warning = None
-        if named not in ("", "-1"):
-            warning = (
-                f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds no GPU here: "
-                "running on the CPU"
-            )
-        return nprocs or 1, warning
+        return nprocs or 1, warning and warning + "no GPU here: running on the CPU"
     if nprocs is not None and nprocs > gpus:
         raise ValueError(
             f"-nprocs is {nprocs}, but only {gpus} GPU(s) are visible: one process needs one GPU"
         )
-    return nprocs or gpus, None
+    return nprocs or gpus, warning and warning + f"{gpus} GPU(s): using those"
 
 
 def run(ranks, gpus, command):

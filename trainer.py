@@ -47,6 +47,7 @@ class Trainer:
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
         if worker.start is not None:
             self._restore(worker.start, worker.start_path)
+            worker.start = None  # as large as the model and its optimizer state
         self.training = self._build_training()
         self._log_plan(images_per_step)
 

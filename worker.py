@@ -66,8 +66,8 @@ class Worker:
         if not resume:
             return None, None
         if resume != "auto":
-            tree = pdparams.read(resume)
-            checkpoint.assign_weights(self.model, training_weights(tree, resume), resume)
+            tree = checkpoint.read(resume)
+            checkpoint.assign_weights(self.model, tree["model"], resume)
             return tree, resume
         # One rank searches, so that all agree; the others read what it found.
         found = self._find_newest() if self.rank == 0 else None
@@ -78,14 +78,14 @@ class Worker:
                 f"{self.config.SAVE}, starting fresh"
             )
             return None, None
-        tree = pdparams.read(path, require_checksum=True)
-        checkpoint.assign_weights(self.model, training_weights(tree, path), path)
+        tree = checkpoint.read(path, require_checksum=True)
+        checkpoint.assign_weights(self.model, tree["model"], path)
         return tree, path
 
     def _find_newest(self):
         for path in checkpoint.candidates(self.config.SAVE):
             try:
-                tree = pdparams.read(path, require_checksum=True)
+                tree = checkpoint.read(path, require_checksum=True)
             except WeightsError as error:
                 self.notices.append(f"-resume auto: passed over {error}")
                 continue
@@ -180,11 +180,6 @@ def build_model(config):
         return build_gmlp(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def training_weights(tree, path):
-    """The weights that training goes on with: the model's own, not their average."""
-    return checkpoint.weights_of({"model": tree["model"]} if "model" in tree else tree, path)
 
 
 def _new_folder(parent, name):
