@@ -7,184 +7,132 @@ Later wins: the defaults below, YAML files (a file's `BASE` parents first), the 
 are marked "new".
 """
 
+import ast
 import contextlib
 import difflib
 import os
 import reprlib
 import sys
+from collections import namedtuple
 
 import yaml
 from yacs.config import CfgNode
 
-_C = CfgNode()
-_C.BASE = [""]  # YAML files to load first, relative to this one; "" is none
-
-_C.DATA = CfgNode()
-_C.DATA.BATCH_SIZE = 256  # training images per device and batch
-_C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per device and batch; None: as BATCH_SIZE
-_C.DATA.DATA_PATH = "/dataset/imagenet/"  # folder with train_list.txt and val_list.txt
-_C.DATA.DATASET = "imagenet2012"  # the layout of DATA_PATH; there is only this one
-_C.DATA.IMAGE_SIZE = 224  # height and width that the model sees, pixels
-_C.DATA.IMAGE_CHANNELS = 3  # the loader gives RGB, so only 3 can be trained or evaluated
-_C.DATA.CROP_PCT = 0.875  # evaluation: share of the resized short side that the centre crop keeps
-_C.DATA.NUM_WORKERS = -1  # loader processes per device; -1: the cores shared out among the devices
-_C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # per channel, of pixel values scaled to 0..1
-_C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # per channel, of pixel values scaled to 0..1
-
-_C.MODEL = CfgNode()
-_C.MODEL.TYPE = "gmlp"  # the model family; only a label
-_C.MODEL.NAME = "gmlp"  # the variant; -resume auto looks for checkpoints of this name
-_C.MODEL.RESUME = None  # checkpoint to go on from, or "auto": the newest valid one under SAVE
-_C.MODEL.PRETRAINED = None  # weights to start or to evaluate with
-_C.MODEL.NUM_CLASSES = 1000  # labels are 0 .. NUM_CLASSES - 1
-_C.MODEL.DROPOUT = 0.0  # rate after each channel projection
-_C.MODEL.ATTENTION_DROPOUT = 0.0  # accepted for PaddleViT's files; gMLP has no attention
-_C.MODEL.DROPPATH = 0.1  # stochastic-depth rate, the same for every block
-
-_C.MODEL.MIXER = CfgNode()
-_C.MODEL.MIXER.PATCH_SIZE = 16  # height and width of a patch, pixels
-_C.MODEL.MIXER.EMBED_DIM = 768  # channels of a token
-_C.MODEL.MIXER.DEPTH = 12  # blocks
-_C.MODEL.MIXER.MLP_RATIO = 6.0  # channels inside a block / EMBED_DIM
-
-_C.TRAIN = CfgNode()
-_C.TRAIN.LAST_EPOCH = 0  # epochs that count as already done
-_C.TRAIN.NUM_EPOCHS = 300
-_C.TRAIN.WARMUP_EPOCHS = 20  # epochs of linear warm-up; fractions count
-_C.TRAIN.WARMUP_STEPS = None  # new: optimizer steps of linear warm-up, instead of WARMUP_EPOCHS
-_C.TRAIN.WEIGHT_DECAY = 0.1  # AdamW's, on matrices and convolutions only (no biases, no norms)
-_C.TRAIN.BASE_LR = 0.001  # learning rate at the end of warm-up, before linear scaling
-_C.TRAIN.WARMUP_START_LR = 1e-6  # learning rate at the first step, before linear scaling
-_C.TRAIN.END_LR = 1e-5  # learning rate at the end of the cosine, before linear scaling
-_C.TRAIN.GRAD_CLIP = None  # largest global norm of the gradients; None: no clipping
-_C.TRAIN.ACCUM_ITER = 1  # batches whose gradients are averaged into one optimizer step
-_C.TRAIN.LINEAR_SCALED_LR = 512  # learning rates x (images per step / this); None: as they are
-
-_C.TRAIN.OPTIMIZER = CfgNode()
-_C.TRAIN.OPTIMIZER.NAME = "AdamW"  # there is only this one
-_C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
-
-_C.TRAIN.MODEL_EMA = False  # keep an exponential moving average of the weights, and validate it
-_C.TRAIN.MODEL_EMA_DECAY = 0.99996  # share of the old average kept at each optimizer step
-_C.TRAIN.MODEL_EMA_FORCE_CPU = False  # average in host memory (PaddleViT's default; slow)
-
-_C.TRAIN.SMOOTHING = 0.1  # label smoothing: probability shared out evenly among all classes
-_C.TRAIN.COLOR_JITTER = 0.4  # brightness, contrast, saturation; only without the two policies below
-_C.TRAIN.AUTO_AUGMENT = False  # AutoAugment's ImageNet policy
-_C.TRAIN.RAND_AUGMENT = True  # RandAugment; wins where AUTO_AUGMENT is on as well
-_C.TRAIN.RAND_AUGMENT_LAYERS = 2  # operators drawn per image
-_C.TRAIN.RAND_AUGMENT_MAGNITUDE = 9  # 0 .. 10
-_C.TRAIN.CROP_SCALE = [0.08, 1.0]  # new: random resized crop, share of the image's area
-_C.TRAIN.CROP_RATIO = [3 / 4, 4 / 3]  # new: random resized crop, width / height
-_C.TRAIN.HFLIP = 0.5  # new: probability of a horizontal flip
-
-_C.TRAIN.MIXUP_ALPHA = 0.8  # Beta(alpha, alpha) of mixup's weight; 0: no mixup
-_C.TRAIN.MIXUP_PROB = 1.0  # probability that mixup or cutmix is applied
-_C.TRAIN.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
-_C.TRAIN.MIXUP_MODE = "batch"  # one draw per "batch", per "pair" of images, or per image ("elem")
-_C.TRAIN.CUTMIX_ALPHA = 1.0  # Beta(alpha, alpha) of cutmix's area; 0: no cutmix
-_C.TRAIN.CUTMIX_MINMAX = None  # [min, max] side of cutmix's box / image side, instead of the alpha
-
-_C.TRAIN.RANDOM_ERASE_PROB = 0.25  # probability per image
-_C.TRAIN.RANDOM_ERASE_MODE = "pixel"  # fill: noise per "pixel", one "rand" colour, "const" zero
-_C.TRAIN.RANDOM_ERASE_COUNT = 1  # most boxes per image
-_C.TRAIN.RANDOM_ERASE_SPLIT = False  # leave the first half of each batch as it is
-
-_C.SAVE = "./output"  # folder of the runs; each makes a folder of its own in it
-_C.SAVE_FREQ = 10  # epochs between the checkpoints that are kept
-_C.REPORT_FREQ = 20  # batches between reports
-_C.VALIDATE_FREQ = 1  # epochs between validations
-_C.SEED = 0  # of every random draw
-_C.EVAL = False  # evaluate only
-_C.AMP = False  # mixed precision on GPU, in training and evaluation
-_C.AMP_DTYPE = "float16"  # new: "float16" (with loss scaling) or "bfloat16"
-
-# The types of keys whose default is None; None stays allowed.
-_TYPE_WHERE_NONE = {
-    "DATA.BATCH_SIZE_EVAL": int,
-    "MODEL.RESUME": str,
-    "MODEL.PRETRAINED": str,
-    "TRAIN.WARMUP_STEPS": int,
-    "TRAIN.GRAD_CLIP": float,
-    "TRAIN.CUTMIX_MINMAX": list,
-}
-# Keys with a default whose None means "off".
-_NONE_ALLOWED = {"TRAIN.LINEAR_SCALED_LR", "TRAIN.COLOR_JITTER", *_TYPE_WHERE_NONE}
-# The number of values in a list; other lists may have any length.
-_LENGTHS = {
-    "DATA.IMAGENET_MEAN": 3,
-    "DATA.IMAGENET_STD": 3,
-    "TRAIN.OPTIMIZER.BETAS": 2,
-    "TRAIN.CUTMIX_MINMAX": 2,
-    "TRAIN.CROP_SCALE": 2,
-    "TRAIN.CROP_RATIO": 2,
-}
-_CHOICES = {
-    "DATA.DATASET": ("imagenet2012",),
-    "TRAIN.OPTIMIZER.NAME": ("AdamW",),
-    "TRAIN.MIXUP_MODE": ("batch", "pair", "elem"),
-    "TRAIN.RANDOM_ERASE_MODE": ("pixel", "rand", "const"),
-    "AMP_DTYPE": ("float16", "bfloat16"),
-}
-_HINTS = {
-    "DATA.DATASET": "any data set works in that layout: a folder with images, train_list.txt and "
-    "val_list.txt, see the README's data preparation",
-}
-# Smallest and largest value, both allowed; every value of a list is checked.
 _NO_LIMIT = sys.float_info.max  # so that infinity and NaN are refused
-_POSITIVE = (5e-324, _NO_LIMIT)
-_RANGES = {
-    "DATA.BATCH_SIZE": (1, _NO_LIMIT),
-    "DATA.BATCH_SIZE_EVAL": (1, _NO_LIMIT),
-    "DATA.IMAGE_SIZE": (1, _NO_LIMIT),
-    "DATA.IMAGE_CHANNELS": (1, _NO_LIMIT),
-    "DATA.CROP_PCT": (0.01, 1),
-    "DATA.NUM_WORKERS": (-1, 1024),
-    "DATA.IMAGENET_STD": _POSITIVE,
-    "MODEL.NUM_CLASSES": (1, 2**31 - 1),
-    "MODEL.DROPOUT": (0, 0.999),
-    "MODEL.ATTENTION_DROPOUT": (0, 0.999),
-    "MODEL.DROPPATH": (0, 0.999),
-    "MODEL.MIXER.PATCH_SIZE": (1, _NO_LIMIT),
-    "MODEL.MIXER.EMBED_DIM": (1, _NO_LIMIT),
-    "MODEL.MIXER.DEPTH": (1, _NO_LIMIT),
-    "MODEL.MIXER.MLP_RATIO": _POSITIVE,
-    "TRAIN.LAST_EPOCH": (0, _NO_LIMIT),
-    "TRAIN.NUM_EPOCHS": (1, _NO_LIMIT),
-    "TRAIN.WARMUP_EPOCHS": (0, _NO_LIMIT),
-    "TRAIN.WARMUP_STEPS": (0, _NO_LIMIT),
-    "TRAIN.WEIGHT_DECAY": (0, _NO_LIMIT),
-    "TRAIN.BASE_LR": (0, _NO_LIMIT),
-    "TRAIN.WARMUP_START_LR": (0, _NO_LIMIT),
-    "TRAIN.END_LR": (0, _NO_LIMIT),
-    "TRAIN.GRAD_CLIP": _POSITIVE,
-    "TRAIN.ACCUM_ITER": (1, _NO_LIMIT),
-    "TRAIN.LINEAR_SCALED_LR": (1, _NO_LIMIT),
-    "TRAIN.OPTIMIZER.EPS": _POSITIVE,
-    "TRAIN.OPTIMIZER.BETAS": (0, 0.999999999),
-    "TRAIN.MODEL_EMA_DECAY": (0, 1),
-    "TRAIN.SMOOTHING": (0, 1),
-    "TRAIN.COLOR_JITTER": (0, _NO_LIMIT),
-    "TRAIN.RAND_AUGMENT_LAYERS": (0, 100),
-    "TRAIN.RAND_AUGMENT_MAGNITUDE": (0, 10),
-    "TRAIN.CROP_SCALE": (5e-324, 1),
-    "TRAIN.CROP_RATIO": _POSITIVE,
-    "TRAIN.HFLIP": (0, 1),
-    "TRAIN.MIXUP_ALPHA": (0, _NO_LIMIT),
-    "TRAIN.MIXUP_PROB": (0, 1),
-    "TRAIN.MIXUP_SWITCH_PROB": (0, 1),
-    "TRAIN.CUTMIX_ALPHA": (0, _NO_LIMIT),
-    "TRAIN.CUTMIX_MINMAX": (0, 1),
-    "TRAIN.RANDOM_ERASE_PROB": (0, 1),
-    "TRAIN.RANDOM_ERASE_COUNT": (1, 100),
-    "SAVE_FREQ": (1, _NO_LIMIT),
-    "REPORT_FREQ": (1, _NO_LIMIT),
-    "VALIDATE_FREQ": (1, _NO_LIMIT),
-    "SEED": (0, 2**63 - 1),
+_ABOVE_0 = 5e-324  # the smallest float
+
+# A key's default, its type (of the items, for a list), whether None is allowed, the smallest and
+# largest value (both allowed), the only values allowed, and for a list its length.
+_Key = namedtuple("_Key", "default kind none low high choices length")
+
+
+def _whole(default, low, high=_NO_LIMIT, none=False):
+    return _Key(default, int, none, low, high, None, None)
+
+
+def _real(default, low, high=_NO_LIMIT, none=False):
+    return _Key(default, float, none, low, high, None, None)
+
+
+def _reals(default, length, low, high=_NO_LIMIT, none=False):
+    return _Key(default, float, none, low, high, None, length)
+
+
+def _text(default, none=False, choices=None):
+    return _Key(default, str, none, None, None, choices, None)
+
+
+def _switch(default):
+    return _Key(default, bool, False, None, None, None, None)
+
+
+# fmt: off
+_KEYS = {
+    "DATA.BATCH_SIZE": _whole(256, 1),  # training images per device and batch
+    "DATA.BATCH_SIZE_EVAL": _whole(None, 1, none=True),  # the same in evaluation; None: BATCH_SIZE
+    "DATA.DATA_PATH": _text("/dataset/imagenet/"),  # folder of train_list.txt and val_list.txt
+    "DATA.DATASET": _text("imagenet2012", choices=["imagenet2012"]),  # the layout of that folder
+    "DATA.IMAGE_SIZE": _whole(224, 1),  # height and width that the model sees, pixels
+    "DATA.IMAGE_CHANNELS": _whole(3, 1),  # the loader gives RGB: only 3 can be trained or evaluated
+    "DATA.CROP_PCT": _real(0.875, 0.01, 1),  # evaluation: what the crop keeps of the short side
+    "DATA.NUM_WORKERS": _whole(-1, -1, 1024),  # loader processes per device; -1: by the cores
+    "DATA.IMAGENET_MEAN": _reals([0.5] * 3, 3, -_NO_LIMIT),  # per channel, of pixels scaled to 0..1
+    "DATA.IMAGENET_STD": _reals([0.5] * 3, 3, _ABOVE_0),  # per channel, of pixels scaled to 0..1
+
+    "MODEL.TYPE": _text("gmlp"),  # the model family; only a label
+    "MODEL.NAME": _text("gmlp"),  # the variant; -resume auto looks for checkpoints of this name
+    "MODEL.RESUME": _text(None, none=True),  # checkpoint to go on from; "auto": newest under SAVE
+    "MODEL.PRETRAINED": _text(None, none=True),  # weights to start or to evaluate with
+    "MODEL.NUM_CLASSES": _whole(1000, 1, 2**31 - 1),  # labels are 0 .. NUM_CLASSES - 1
+    "MODEL.DROPOUT": _real(0.0, 0, 0.999),  # rate after each channel projection
+    "MODEL.ATTENTION_DROPOUT": _real(0.0, 0, 0.999),  # no effect: gMLP has no attention
+    "MODEL.DROPPATH": _real(0.1, 0, 0.999),  # stochastic-depth rate, the same for every block
+
+    "MODEL.MIXER.PATCH_SIZE": _whole(16, 1),  # height and width of a patch, pixels
+    "MODEL.MIXER.EMBED_DIM": _whole(768, 1),  # channels of a token
+    "MODEL.MIXER.DEPTH": _whole(12, 1),  # blocks
+    "MODEL.MIXER.MLP_RATIO": _real(6.0, _ABOVE_0),  # channels inside a block / EMBED_DIM
+
+    "TRAIN.LAST_EPOCH": _whole(0, 0),  # epochs that count as already done
+    "TRAIN.NUM_EPOCHS": _whole(300, 1),
+    "TRAIN.WARMUP_EPOCHS": _real(20, 0),  # epochs of linear warm-up; fractions count
+    "TRAIN.WARMUP_STEPS": _whole(None, 0, none=True),  # new: optimizer steps, instead of epochs
+    "TRAIN.WEIGHT_DECAY": _real(0.1, 0),  # AdamW's; not on biases and norms
+    "TRAIN.BASE_LR": _real(1e-3, 0),  # learning rate after warm-up, before linear scaling
+    "TRAIN.WARMUP_START_LR": _real(1e-6, 0),  # learning rate of the first step, before scaling
+    "TRAIN.END_LR": _real(1e-5, 0),  # learning rate at the end of the cosine, before scaling
+    "TRAIN.GRAD_CLIP": _real(None, _ABOVE_0, none=True),  # largest global norm of the gradients
+    "TRAIN.ACCUM_ITER": _whole(1, 1),  # batches whose gradients make one optimizer step
+    "TRAIN.LINEAR_SCALED_LR": _real(512, 1, none=True),  # learning rates x images per step / this
+
+    "TRAIN.OPTIMIZER.NAME": _text("AdamW", choices=["AdamW"]),
+    "TRAIN.OPTIMIZER.EPS": _real(1e-8, _ABOVE_0),
+    "TRAIN.OPTIMIZER.BETAS": _reals((0.9, 0.999), 2, 0, 0.999999999),
+
+    "TRAIN.MODEL_EMA": _switch(False),  # average the weights exponentially, validate the average
+    "TRAIN.MODEL_EMA_DECAY": _real(0.99996, 0, 1),  # share of the average kept at each step
+    "TRAIN.MODEL_EMA_FORCE_CPU": _switch(False),  # average in host memory: slow, saves the device's
+
+    "TRAIN.SMOOTHING": _real(0.1, 0, 1),  # label smoothing: the share that all classes get evenly
+    "TRAIN.COLOR_JITTER": _real(0.4, 0, none=True),  # strength; only without the two policies below
+    "TRAIN.AUTO_AUGMENT": _switch(False),  # AutoAugment's ImageNet policy
+    "TRAIN.RAND_AUGMENT": _switch(True),  # RandAugment; wins where AUTO_AUGMENT is on as well
+    "TRAIN.RAND_AUGMENT_LAYERS": _whole(2, 0, 100),  # operators drawn per image
+    "TRAIN.RAND_AUGMENT_MAGNITUDE": _real(9, 0, 10),
+    "TRAIN.CROP_SCALE": _reals([0.08, 1.0], 2, _ABOVE_0, 1),  # new: random crop / image, by area
+    "TRAIN.CROP_RATIO": _reals([3 / 4, 4 / 3], 2, _ABOVE_0),  # new: random crop, width / height
+    "TRAIN.HFLIP": _real(0.5, 0, 1),  # new: probability of a horizontal flip
+
+    "TRAIN.MIXUP_ALPHA": _real(0.8, 0),  # Beta(alpha, alpha) of mixup's weight; 0: no mixup
+    "TRAIN.MIXUP_PROB": _real(1.0, 0, 1),  # probability that mixup or cutmix is applied
+    "TRAIN.MIXUP_SWITCH_PROB": _real(0.5, 0, 1),  # probability of cutmix where both are on
+    "TRAIN.MIXUP_MODE": _text("batch", choices=["batch", "pair", "elem"]),  # what shares a draw
+    "TRAIN.CUTMIX_ALPHA": _real(1.0, 0),  # Beta(alpha, alpha) of cutmix's area; 0: no cutmix
+    "TRAIN.CUTMIX_MINMAX": _reals(None, 2, 0, 1, none=True),  # box side / image side, not by alpha
+
+    "TRAIN.RANDOM_ERASE_PROB": _real(0.25, 0, 1),  # probability per image
+    # Filled with noise ("pixel"), one random colour ("rand") or zeros ("const").
+    "TRAIN.RANDOM_ERASE_MODE": _text("pixel", choices=["pixel", "rand", "const"]),
+    "TRAIN.RANDOM_ERASE_COUNT": _whole(1, 1, 100),  # most boxes per image
+    "TRAIN.RANDOM_ERASE_SPLIT": _switch(False),  # leave the first half of each batch as it is
+
+    "SAVE": _text("./output"),  # folder of the runs; each makes a folder of its own in it
+    "SAVE_FREQ": _whole(10, 1),  # epochs between the checkpoints that are kept
+    "REPORT_FREQ": _whole(20, 1),  # batches between reports
+    "VALIDATE_FREQ": _whole(1, 1),  # epochs between validations
+    "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
+    "EVAL": _switch(False),  # evaluate only
+    "AMP": _switch(False),  # mixed precision on GPU, in training and evaluation
+    # new: float16 has its loss scaled
+    "AMP_DTYPE": _text("float16", choices=["float16", "bfloat16"]),
 }
+# fmt: on
 _ORDERED = ("TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.CUTMIX_MINMAX")  # [min, max]
-_YAML_LIMIT = 1 << 20  # bytes; a configuration is a few kilobytes
+_HINTS = {
+    "DATA.DATASET": " (any data set works in that layout: a folder with images, train_list.txt and "
+    "val_list.txt, see the README's data preparation)",
+}
+_YAML_LIMIT = 1 << 20  # characters; a configuration is a few thousand
 
 # The program's flag -> the keys that it sets.
 _FLAGS = {
@@ -219,10 +167,9 @@ def get_config(path=None):
     Raises:
         ConfigError: the file is missing or not YAML, or it has an unknown key or a bad value.
     """
-    config = _C.clone()
+    config = _defaults()
     if path:
         _merge_file(config, path)
-        _check_ranges(config, path)
     return config
 
 
@@ -240,7 +187,6 @@ def update_config(config, args):
     config.defrost()
     if getattr(args, "cfg", None):
         _merge_file(config, args.cfg)
-        _check_ranges(config, args.cfg)
     for flag, keys in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is None or value is False:  # a switch that is not given leaves the file's value
@@ -251,18 +197,13 @@ def update_config(config, args):
     if len(opts) % 2:
         raise ConfigError(f"-opts needs pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, text in zip(opts[::2], opts[1::2]):
-        _set(config, key, _parse_value(key, text), "-opts")
-    _check_ranges(config, "the command line")
+        _set(config, key, _parse(key, text), "-opts")
     return config
 
 
-def known_keys(config=_C, prefix=""):
+def known_keys():
     """Every key's full name, such as `DATA.BATCH_SIZE`."""
-    keys = []
-    for name, value in config.items():
-        is_node = isinstance(value, CfgNode)
-        keys += known_keys(value, f"{prefix}{name}.") if is_node else [prefix + name]
-    return keys
+    return list(_KEYS)
 
 
 def get_value(config, key):
@@ -272,12 +213,23 @@ def get_value(config, key):
     return config
 
 
+def _defaults():
+    config = CfgNode({"BASE": [""]})  # YAML files to load first, relative to this one; "" is none
+    for key, spec in _KEYS.items():
+        *sections, name = key.split(".")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[name] = list(spec.default) if isinstance(spec.default, list) else spec.default
+    return config
+
+
 def _merge_file(config, path, children=()):
     """Merges a YAML file after its BASE parents; `children` are the files that led here."""
+    tree = _read_yaml(path)
     real_path = os.path.realpath(path)
     if real_path in children:
         raise ConfigError(f"{path}: BASE leads back to this file: a cycle")
-    tree = _read_yaml(path)
     parents = tree.pop("BASE", None) or []
     if isinstance(parents, str):
         parents = [parents]
@@ -289,21 +241,32 @@ def _merge_file(config, path, children=()):
     _merge_tree(config, tree, "", path)
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML without merge keys, a few lines of which can grow without bound."""
+
+    def flatten_mapping(self, node):
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError("merge keys (<<) are not supported")
+
+
 def _read_yaml(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(_YAML_LIMIT + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this config file: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: this config file is not UTF-8 text") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot read this config file: {reason}") from error
     if len(text) > _YAML_LIMIT:
         raise ConfigError(f"{path}: this config file is larger than {_YAML_LIMIT:,} characters")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _YamlLoader)
     # Deep nesting exhausts the parser's recursion; bad dates and numbers are ValueErrors.
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: this is not valid YAML: {_one_line(error)}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path}: this is not valid YAML: {reason}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -313,21 +276,26 @@ def _read_yaml(path):
 
 def _merge_tree(config, tree, prefix, source):
     for name, value in tree.items():
-        key = f"{prefix}{name}" if isinstance(name, str) else prefix + reprlib.repr(name)
-        node = config.get(name) if isinstance(name, str) else None
-        if isinstance(node, CfgNode) and isinstance(value, dict):
-            _merge_tree(node, value, f"{key}.", source)
-        elif isinstance(node, CfgNode) and value is None:
+        key = prefix + (name if isinstance(name, str) else _show(name))
+        if _is_section(key) and isinstance(value, dict):
+            _merge_tree(config, value, f"{key}.", source)
+        elif _is_section(key) and value is None:
             pass  # a section whose lines are all commented out
         else:
-            _set(config, key, value, source, relative_to=prefix)
+            _set(config, key, value, source)
 
 
-def _set(config, key, value, source, relative_to=""):
-    """Sets one full key; `config` is the node whose own full name is `relative_to`."""
-    if key not in _ALL_KEYS:
-        raise ConfigError(f"{source}: there is no key {reprlib.repr(key)}{_suggest(key)}")
-    *sections, name = key[len(relative_to) :].split(".")
+def _is_section(key):
+    return any(known.startswith(f"{key}.") for known in _KEYS)
+
+
+def _set(config, key, value, source):
+    """Sets one full key of the configuration."""
+    if key == "BASE":
+        raise ConfigError(f"{source}: BASE can only be set in a YAML file")
+    if key not in _KEYS:
+        raise ConfigError(f"{source}: there is no key {_show(key)}{_suggest(key)}")
+    *sections, name = key.split(".")
     for section in sections:
         config = config[section]
     try:
@@ -337,96 +305,80 @@ def _set(config, key, value, source, relative_to=""):
 
 
 def _suggest(key):
-    """ ", did you mean X?" for the known key nearest to a wrong one, or its section's keys."""
-    if any(known.startswith(key + ".") for known in _ALL_KEYS):
+    """What to write instead of an unknown key."""
+    if _is_section(key):
         return " that takes a value: it is a section, write its keys below it"
-    by_last_name = {known.split(".")[-1]: known for known in _ALL_KEYS}
-    match = difflib.get_close_matches(key[:200].upper(), _ALL_KEYS, 1, 0.7)
-    if not match:
-        last = difflib.get_close_matches(key[-200:].split(".")[-1].upper(), by_last_name, 1, 0.7)
-        match = [by_last_name[name] for name in last]
-    return f"; did you mean {match[0]}?" if match else " (config.py lists them all)"
+    last_name = key[-200:].split(".")[-1].upper()
+    by_last_name = {known.split(".")[-1]: known for known in _KEYS}
+    similar = difflib.get_close_matches(key[:200].upper(), _KEYS, 1, 0.7)
+    similar_last = difflib.get_close_matches(last_name, by_last_name, 1, 0.7)
+    if last_name in by_last_name:
+        return f"; did you mean {by_last_name[last_name]}?"
+    if similar or similar_last:
+        return f"; did you mean {similar[0] if similar else by_last_name[similar_last[0]]}?"
+    return " (config.py lists them all)"
 
 
 def _convert(key, value):
-    """`value` in the type of the key's default; ValueError says what the type is."""
-    default = get_value(_C, key)
-    if value is None and key in _NONE_ALLOWED:
+    """`value` in the key's type; ValueError says what is wrong with it."""
+    spec = _KEYS[key]
+    # As yacs does: PaddleViT's files write None and (0.9, 0.999), which are text in YAML.
+    if isinstance(value, str) and (spec.kind is not str or value == "None"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(value)
+    if value is None and spec.none:
         return None
-    kind = _TYPE_WHERE_NONE.get(key, type(default))
-    if kind in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"must be a list of numbers, not {reprlib.repr(value)}")
-        length = _LENGTHS[key]
-        if len(value) != length:
-            raise ValueError(f"must have {length} values, not {len(value)}")
-        return kind(_to_number(float, item) for item in value)
-    if kind in (int, float):
-        return _to_number(kind, value)
-    if not isinstance(value, kind):
-        name = {bool: "True or False", str: "text"}[kind]
-        raise ValueError(f"must be {name}, not {reprlib.repr(value)}")
+    if spec.length:
+        if not isinstance(value, (list, tuple)) or len(value) != spec.length:
+            raise ValueError(f"must be a list of {spec.length} numbers, not {_show(value)}")
+        value = type(spec.default or [])(_convert_one(spec, item) for item in value)
+        if key in _ORDERED and value[0] > value[1]:
+            raise ValueError(f"is {_show(value)}, the first value must be the smaller")
+        return value
+    value = _convert_one(spec, value)
+    if spec.choices and value not in spec.choices:
+        choices = " or ".join(map(repr, spec.choices))
+        raise ValueError(f"must be {choices}, not {_show(value)}{_HINTS.get(key, '')}")
     return value
 
 
-def _to_number(kind, value):
-    """An int passes for a float; so does text such as "1e-3", which YAML 1.1 reads as a string."""
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # what is not a number is refused below
-            value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
+def _convert_one(spec, value):
+    """One value of a key, or one item of its list.  An int passes for a float, 3.0 for an int."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if spec.kind is float and is_number:
+        value = float(value) if -_NO_LIMIT <= value <= _NO_LIMIT else float("nan")  # refused below
+    elif spec.kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    allowed = (int, float) if kind is float else int
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        name = "a number" if kind is float else "a whole number"
-        raise ValueError(f"must be {name}, not {reprlib.repr(value)}")
-    try:
-        return kind(value)
-    except OverflowError:
-        raise ValueError("is too large a number") from None
+    if type(value) is not spec.kind:
+        name = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+        raise ValueError(f"must be {name[spec.kind]}, not {_show(value)}")
+    if spec.low is not None and not spec.low <= value <= spec.high:  # true for NaN
+        raise ValueError(f"is {_show(value)}, it must be {_describe_range(spec)}")
+    return value
 
 
-def _parse_value(key, text):
+def _describe_range(spec):
+    low = "above 0" if spec.low == _ABOVE_0 else f"at least {spec.low}"
+    high = f"at most {spec.high}"
+    if spec.low == -_NO_LIMIT:
+        return "a finite number"
+    return low if spec.high == _NO_LIMIT else f"{low} and {high}"
+
+
+def _parse(key, text):
     """A value of -opts, read as YAML would read it; text stays text where the key holds text."""
-    if key in _ALL_KEYS:
-        kind = _TYPE_WHERE_NONE.get(key, type(get_value(_C, key)))
-        if kind is str and not (key in _NONE_ALLOWED and text in ("None", "null")):
-            return text
-    if text == "None":
-        return None
+    if key in _KEYS and _KEYS[key].kind is str:
+        return None if text == "null" else text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _YamlLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return text  # _convert says what was expected instead
 
 
-def _check_ranges(config, source):
-    for key in _ALL_KEYS:
-        value = get_value(config, key)
-        if value is None:
-            continue
-        if key in _CHOICES and value not in _CHOICES[key]:
-            choices = " or ".join(map(repr, _CHOICES[key]))
-            hint = f" ({_HINTS[key]})" if key in _HINTS else ""
-            raise ConfigError(f"{source}: {key} must be {choices}, not {value!r}{hint}")
-        if key in _RANGES:
-            low, high = _RANGES[key]
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if not all(low <= v <= high for v in values):  # also false for NaN
-                raise ConfigError(f"{source}: {key} is {value!r}, {_describe_range(low, high)}")
-        if key in _ORDERED and value[0] > value[1]:
-            raise ConfigError(f"{source}: {key} is {value!r}, the first value must be the smaller")
-
-
-def _describe_range(low, high):
-    if (low, high) == _POSITIVE:
-        return "it must be above 0"
-    low_text = "above 0" if low == _POSITIVE[0] else f"at least {low}"
-    return f"it must be {low_text}" + ("" if high == _NO_LIMIT else f" and at most {high}")
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:300]
-
-
-_ALL_KEYS = known_keys()
+def _show(value):
+    """A short text for any value, however deep or long."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an int of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -5,6 +5,7 @@ relative to the folder, white space, and an integer label.
 """
 
 import os
+import traceback
 from array import array
 
 import numpy as np
@@ -51,6 +52,8 @@ class ImageList:
                     f"{self.path}:{number}: {_show(line)} has no label; "
                     "a line is a path, white space and an integer"
                 )
+            if not _is_utf8(parts[0]):
+                raise DataError(f"{self.path}:{number}: this line is not UTF-8 text")
             label = int(parts[1]) if len(parts[1]) <= 10 else num_classes
             if label >= num_classes:
                 raise DataError(
@@ -65,7 +68,6 @@ class ImageList:
         self._paths = bytes(paths)
         self._ends = np.frombuffer(ends, dtype=np.int64)
         self.labels = np.frombuffer(labels, dtype=np.int32)
-        self._check_utf8()
 
     def __len__(self):
         return len(self.labels)
@@ -99,15 +101,6 @@ class ImageList:
             raise DataError(
                 f"{self.path}: cannot read this image list: {error.strerror}; the data folder "
                 "needs train_list.txt and val_list.txt (README, data preparation)"
-            ) from error
-
-    def _check_utf8(self):
-        try:
-            self._paths.decode()
-        except UnicodeDecodeError as error:
-            index = int(np.searchsorted(self._ends, error.start, side="right"))
-            raise DataError(
-                f"{self.path}:{self.line_number(index)}: this line is not UTF-8 text"
             ) from error
 
 
@@ -234,8 +227,8 @@ class _Fetch(paddle.io.Dataset):
     def __getitem__(self, key):
         try:
             return self.dataset[key]
-        except DataError as error:
-            return error
+        except Exception as error:  # a bug too must end the run, with its traceback
+            return error if isinstance(error, DataError) else DataError(traceback.format_exc())
 
 
 def _collate(samples):
@@ -296,6 +289,14 @@ def require_shared_memory(num_bytes, folder="/dev/shm"):
             f"{(num_bytes >> 20) + 1} MB of shared memory: start the container with a larger "
             "--shm-size, or take fewer workers (-num_workers 0 needs none)"
         )
+
+
+def _is_utf8(raw):
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _show(raw):

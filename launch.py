@@ -107,8 +107,8 @@ def choose_ranks(nprocs, gpus):
 def run(ranks, gpus, command):
     """Runs `command` once for each rank on this host and waits for all of them.
 
-    When a rank fails, the others are ended and its error is printed.  SIGINT and SIGTERM are passed
-    on to the ranks.  When this process is killed, the kernel ends the ranks.
+    When a rank fails, the others are ended and its error is printed.  On SIGINT and SIGTERM the
+    ranks are told to end.  When this process is killed, the kernel tells them.
 
     Args:
         ranks: number of processes.
@@ -138,7 +138,8 @@ def run(ranks, gpus, command):
     code = processes[failed].returncode
     reason = f"exit status {code}" if code > 0 else signal.Signals(-code).name
     others = "; the other ranks were ended" if ranks > 1 else ""
-    print(f"rank {failed} of {ranks} failed ({reason}){others}", file=sys.stderr, flush=True)
+    if ranks > 1 or not messages:
+        print(f"rank {failed} of {ranks} failed ({reason}){others}", file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
 
 
@@ -182,14 +183,16 @@ def _free_ports(count):
 def _start_rank(rank, env, command, writer):
     parent = os.getpid()
 
-    def die_with_parent():  # runs in the child: the kernel sends SIGTERM when the parent is gone
+    def prepare():  # runs in the child
+        # Ctrl-C reaches the whole group: the launcher answers it for all, once.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError, AttributeError):  # Linux only
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 
     env[_ERROR_PIPE] = str(writer)
-    return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=die_with_parent)
+    return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=prepare)
 
 
 def _wait(processes, received):
@@ -201,7 +204,7 @@ def _wait(processes, received):
         if (failed is not None or received) and not passed_on:
             passed_on = True
             deadline = time.monotonic() + _GRACE_SECONDS
-            _signal_all(processes, received[0] if received else signal.SIGTERM)
+            _signal_all(processes, signal.SIGTERM)
         if deadline and time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL)
         time.sleep(0.05)
@@ -219,6 +222,8 @@ def _signal_all(processes, number):
 
 
 def _read_all(reader):
-    with open(reader, "rb") as file:
-        messages = file.read().decode(errors="replace").split("\0")
+    # What is there now: a process that a rank left behind may hold the other end open for good.
+    os.set_blocking(reader, False)
+    with open(reader, "rb", buffering=0) as file:
+        messages = (file.read(1 << 20) or b"").decode(errors="replace").split("\0")
     return [message for message in messages if message]

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import io
 import os
-import signal
 import sys
 import warnings
 
@@ -57,29 +56,24 @@ def main(argv):
         parser.print_usage(sys.stderr)
         return 2
     args = parser.parse_args(argv)
-    notices = []
     try:
         config = update_config(get_config(), args)
         if not launch.is_rank():
             gpus = launch.count_gpus()
-            ranks, notice = launch.choose_ranks(args.nprocs, gpus)
-            notices += [notice] if notice else []
+            ranks, warning = launch.choose_ranks(args.nprocs, gpus)
     except ValueError as error:  # ConfigError, and choose_ranks's
         launch.report_error(f"{parser.prog}: {error}")
         return 2
     if launch.is_rank():
-        launch.set_threads(launch.local_ranks())
-        return run(config, notices)
-    launch.set_threads(ranks)
-    if ranks == 1:
-        return run(config, notices)
-    for notice in notices:
-        print(notice, file=sys.stderr, flush=True)
+        return run(config)
+    if warning:
+        print(f"{parser.prog}: {warning}", file=sys.stderr, flush=True)
     return launch.run(ranks, gpus, [sys.executable, os.path.abspath(__file__), *argv])
 
 
-def run(config, notices):
+def run(config):
     """One rank's work.  Returns the exit status: 0, 1 (failed while running), 2 (asked wrongly)."""
+    launch.set_threads(launch.local_ranks())
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
     warnings.filterwarnings("ignore", message="No ccache found")
     with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
@@ -91,7 +85,7 @@ def run(config, notices):
 
     config.freeze()
     try:
-        parts = worker.Worker(config, notices)
+        parts = worker.Worker(config)
         program = functools.partial(worker.evaluate, parts) if config.EVAL else Trainer(parts).run
     except worker.SETUP_ERRORS as error:
         launch.report_error(str(error))
@@ -105,7 +99,4 @@ def run(config, notices):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(main(sys.argv[1:]))

@@ -33,12 +33,11 @@ class Worker:
         start: the checkpoint's tree that the run goes on from, or None.
     """
 
-    def __init__(self, config, notices=()):
+    def __init__(self, config):
         """Builds everything up to the first batch.
 
         Args:
             config: the merged config; it is not changed.
-            notices: warnings from before there was a log.
 
         Raises:
             ConfigError, DataError, WeightsError: what the user asked for cannot be had.
@@ -49,7 +48,7 @@ class Worker:
         self.model = build_model(config)
         self.val_data = build_dataset(config, train=False)
         self.train_data = None if config.EVAL else build_dataset(config, train=True)
-        self.notices = list(notices)
+        self.notices = []  # for the log, once there is one
         self.start, self.start_path = self._find_start()
         self.folder = self._make_folder()
         self.log = utils.setup_logging(self.folder, self.rank)

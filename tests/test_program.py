@@ -1,19 +1,31 @@
 """The program as its users run it: real processes, real images, real files."""
 
+import fcntl
 import json
 import os
 import pickle
+import pty
+import re
+import select
+import shlex
+import signal
+import struct
+import subprocess
 import sys
+import termios
+import time
 
 import numpy as np
 import paddle
 import pytest
-from program import ROOT, SMALL, metrics, run, run_program
+from program import HANG_SECONDS, ROOT, SMALL, flatten, metrics, run, run_program
 
 import checkpoint
 import pdparams
 from config import get_config
 from gmlp import build_gmlp
+
+CONFIG = ROOT / "configs" / "gmlp_digits.yaml"
 
 
 def evaluate(data, output, weights, *args, **kwargs):
@@ -274,3 +286,81 @@ def test_flags_with_an_equals_sign_mean_the_same(trained, few_digits, tmp_path):
         f"-pretrained={trained / 'best_weights.pdparams'}", opts=SMALL,
     ).check()  # fmt: skip
     assert "on 101 images" in result.out
+
+
+def start_program(data, output, *args, **popen):
+    """A running training of the small model that would take minutes."""
+    words = flatten({**SMALL, "TRAIN.NUM_EPOCHS": 300, "REPORT_FREQ": 1})
+    command = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG,
+               "-data_path", data, "-output", output, *args, "-opts", *words]  # fmt: skip
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("OMP_NUM_THREADS", None)
+    return subprocess.Popen([str(word) for word in command], env=env, **popen)
+
+
+def group_exists(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition, process=None):
+    """Waits until condition() holds; fails when the process ends first."""
+    limit = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, "the program ended early"
+        assert time.monotonic() < limit, "the program hangs"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_every_process(ranks, number, status, few_digits, tmp_path):
+    process = start_program(
+        few_digits, tmp_path, "-nprocs", ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: list(tmp_path.glob("train-*/Epoch-1.pdparams")), process)
+    os.killpg(process.pid, number)  # as a terminal does
+    out, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == status
+    assert "Traceback" not in out
+    wait_for(lambda: not group_exists(process.pid))
+
+
+def test_a_terminal_shows_a_progress_bar(few_digits, tmp_path):
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows, columns
+    process = start_program(few_digits, tmp_path, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+
+    def bar_is_complete():
+        nonlocal shown
+        if select.select([main], [], [], 0)[0]:
+            shown += os.read(main, 65536)
+        return re.search(rb"epoch 2/300:.*\d+%.*<.*loss \d.*lr \d.*images/s", shown)
+
+    try:
+        wait_for(bar_is_complete, process)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+    assert b"batch 1/20: loss" not in shown  # those lines are in the log
+    (log,) = tmp_path.glob("train-*/log.txt")
+    assert "batch 1/20: loss" in log.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small /dev/shm")
+def test_a_small_shared_memory_is_said_with_its_cure(few_digits, tmp_path):
+    mount = "mount -t tmpfs -o size=16k tmpfs /dev/shm"
+    if run(["unshare", "-m", "sh", "-c", mount]).status:
+        pytest.skip("this sandbox does not allow mounts")
+    program = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG,
+               "-data_path", few_digits, "-output", tmp_path, "-num_workers", 2]  # fmt: skip
+    words = " ".join(shlex.quote(str(word)) for word in program)
+    result = run(["unshare", "-m", "sh", "-c", f"{mount} && exec {words}"], CUDA_VISIBLE_DEVICES="")
+    result.refused(1, "/dev/shm", "--shm-size", "-num_workers 0")

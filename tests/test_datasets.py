@@ -1,0 +1,383 @@
+"""List files, samplers and loaders: every image once, no randomness but the seed's."""
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from program import ROOT
+
+import datasets
+from config import get_config
+from datasets import (
+    DataError,
+    EvalSampler,
+    ImageList,
+    TrainSampler,
+    batches_per_epoch,
+    build_dataset,
+    build_loader,
+    require_shared_memory,
+)
+
+SIZE = 16
+
+
+def png(seed=0, size=(40, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eleven images, all in both lists."""
+    root = tmp_path_factory.mktemp("eleven images")
+    for index in range(11):
+        (root / f"{index}.png").write_bytes(png(index))
+    lines = "".join(f"{index}.png {index}\n" for index in range(11))
+    for name in ("train_list.txt", "val_list.txt"):
+        (root / name).write_text(lines)
+    return root
+
+
+def config_of(folder, num_classes=11):
+    config = get_config()
+    config.DATA.DATA_PATH = str(folder)
+    config.DATA.IMAGE_SIZE = SIZE
+    config.MODEL.NUM_CLASSES = num_classes
+    return config
+
+
+def dataset_of(folder, train=False, seed=0):
+    config = config_of(folder)
+    config.SEED = seed
+    return build_dataset(config, train)
+
+
+def read_list(folder, content, num_classes=10):
+    (folder / "val_list.txt").write_bytes(content)
+    return ImageList(str(folder), "val_list.txt", num_classes)
+
+
+def refusal(function, *arguments):
+    """The message of the DataError that the call raises: one short line."""
+    with pytest.raises(DataError) as error:
+        function(*arguments)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+# --- lists ---
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a.JPEG 0\nb/c.JPEG 9\n", [("a.JPEG", 0, 1), ("b/c.JPEG", 9, 2)]),
+        (b"two  words.JPEG 3\n", [("two  words.JPEG", 3, 1)]),
+        (b"a 1 2.JPEG\t\t 3 \t\n", [("a 1 2.JPEG", 3, 1)]),
+        (b"\xef\xbb\xbfa.JPEG 1\r\nb.JPEG 2\r\n", [("a.JPEG", 1, 1), ("b.JPEG", 2, 2)]),
+        (b"\n  \r\na.JPEG 1\n\n\nb.JPEG 2\n\n", [("a.JPEG", 1, 3), ("b.JPEG", 2, 6)]),
+        (b"a.JPEG 1\nb.JPEG 2", [("a.JPEG", 1, 1), ("b.JPEG", 2, 2)]),
+        ("größe/日本\u00a0.JPEG 7\n".encode(), [("größe/日本\u00a0.JPEG", 7, 1)]),
+        (b"a.JPEG 007\n", [("a.JPEG", 7, 1)]),
+    ],
+)
+def test_lines_are_read_however_they_were_written(tmp_path, content, expected):
+    images = read_list(tmp_path, content)
+    assert len(images) == len(expected)
+    for index, (path, label, line) in enumerate(expected):
+        assert images.image_path(index) == str(tmp_path / path)
+        assert images.labels[index] == label
+        assert images.line_number(index) == line
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "part"),
+    [
+        (b"a.JPEG 0\n\nb.JPEG\n", 3, "'b.JPEG' has no label"),
+        (b"a.JPEG 0\n5\n", 2, "'5' has no label"),
+        (b"a.JPEG one\n", 1, "no label"),
+        (b"a.JPEG 1.5\n", 1, "no label"),
+        (b"a.JPEG -1\n", 1, "no label"),
+        ("a.JPEG ²\n".encode(), 1, "no label"),
+        (b"a.JPEG 0\r\nb.JPEG 10\r\n", 2, "label '10' is not in 0..9"),
+        (b"a.JPEG " + b"9" * 500, 1, "is not in 0..9 (MODEL.NUM_CLASSES is 10)"),
+        (b"a.JPEG 0\nb\xff.JPEG 1\nc.JPEG 2\n", 2, "not UTF-8"),
+        (b"a\xc3 0\n\xa9b 1\n", 1, "not UTF-8"),  # together they would be
+        (b"a.JPEG 0\n" + b"x" * 6000 + b" 1\n", 2, "longer than any path"),
+        (b"\0" * 10_000_000, 1, "longer than any path"),
+        ("a.JPEG 0\n".encode("utf-16"), 1, ""),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, content, line, part):
+    message = refusal(read_list, tmp_path, content)
+    assert f"{tmp_path / 'val_list.txt'}:{line}: " in message
+    assert part in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
+def test_an_empty_list_is_named(tmp_path, content):
+    message = refusal(read_list, tmp_path, content)
+    assert str(tmp_path / "val_list.txt") in message and "empty" in message
+
+
+def test_a_missing_list_is_named_with_what_a_data_folder_needs(tmp_path):
+    message = refusal(ImageList, str(tmp_path / "nowhere"), "train_list.txt", 10)
+    assert str(tmp_path / "nowhere" / "train_list.txt") in message
+    assert "No such file" in message and "train_list.txt and val_list.txt" in message
+    (tmp_path / "val_list.txt").mkdir()
+    assert "Is a directory" in refusal(ImageList, str(tmp_path), "val_list.txt", 10)
+
+
+def test_a_long_list_makes_no_python_object_a_line(tmp_path):
+    lines = 200_000
+    path = "train/n01440764/n01440764_10026.JPEG"
+    (tmp_path / "val_list.txt").write_text(f"{path} 7\n" * lines)
+    before = sys.getallocatedblocks()
+    images = ImageList(str(tmp_path), "val_list.txt", 10)
+    assert sys.getallocatedblocks() - before < 1000
+    assert len(images) == lines and images.image_path(lines - 1) == str(tmp_path / path)
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.JPEG", None),
+        ("truncated.JPEG", png()[:1000]),
+        ("text.JPEG", b"<html>404</html>"),
+        ("empty.JPEG", b""),
+        (".", None),
+        ("nul\0.JPEG", None),
+    ],
+)
+def test_an_image_that_cannot_be_read_names_list_line_and_path(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "val_list.txt").write_text(f"a.JPEG 0\n\n{name} 1\n")
+    dataset = build_dataset(config_of(tmp_path), train=False)
+    message = refusal(dataset.__getitem__, (0, 1))
+    assert f"{tmp_path / 'val_list.txt'}:3: " in message
+    assert os.path.join(str(tmp_path), name) in message
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+@pytest.mark.parametrize("train", [False, True])
+def test_images_of_every_mode_come_out_as_rgb(tmp_path, mode, train):
+    name = "image.jpg" if mode == "CMYK" else "image.png"
+    gray = Image.fromarray(np.full((30, 40), 200, np.uint8))
+    image = Image.new("I;16", (40, 30), 200) if mode == "I;16" else gray.convert(mode)
+    image.save(tmp_path / name)
+    for part in ("train", "val"):
+        (tmp_path / f"{part}_list.txt").write_text(f"{name} 3\n")
+    pixels, label = build_dataset(config_of(tmp_path), train)[(0, 0)]
+    assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+    assert label == 3
+    if mode in ("L", "LA", "RGBA", "P") and not train:
+        assert (pixels == 200).all()
+
+
+def test_what_happens_to_an_image_is_a_function_of_seed_epoch_and_index(folder):
+    pixels = dataset_of(folder, train=True)[(3, 5)][0]
+    np.random.seed(99)  # global random state has no part in it
+    same = dataset_of(folder, train=True)
+    same[(1, 1)]
+    assert np.array_equal(same[(3, 5)][0], pixels)
+    assert not np.array_equal(same[(4, 5)][0], pixels)
+    assert not np.array_equal(dataset_of(folder, train=True, seed=1)[(3, 5)][0], pixels)
+
+
+def test_two_entries_of_one_image_are_augmented_differently(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "train_list.txt").write_text("a.png 0\na.png 0\n")
+    dataset = dataset_of(tmp_path, train=True)
+    assert not np.array_equal(dataset[(0, 0)][0], dataset[(0, 1)][0])
+
+
+def test_each_part_has_its_own_list_and_transform(tmp_path):
+    for name, seed in (("train", 0), ("val", 1)):
+        (tmp_path / f"{name}.png").write_bytes(png(seed))
+        (tmp_path / f"{name}_list.txt").write_text(f"{name}.png {seed}\n")
+    train, val = dataset_of(tmp_path, train=True), dataset_of(tmp_path)
+    assert train.images.image_path(0) == str(tmp_path / "train.png")
+    assert val.images.image_path(0) == str(tmp_path / "val.png")
+    assert np.array_equal(val[(0, 0)][0], val[(1, 0)][0])  # evaluation draws nothing
+
+
+def test_other_channels_than_rgbs_are_refused(folder):
+    config = config_of(folder)
+    config.DATA.IMAGE_CHANNELS = 1
+    assert "DATA.IMAGE_CHANNELS is 1" in refusal(build_dataset, config, False)
+
+
+# --- samplers ---
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "ranks"),
+    list(itertools.product((1, 2, 7, 64, 101), (1, 4, 64), (1, 2, 3, 8))),
+)
+def test_evaluation_shards_hold_every_image_once(images, batch, ranks):
+    samplers = [EvalSampler(images, batch, rank, ranks) for rank in range(ranks)]
+    shards = [list(sampler) for sampler in samplers]
+    seen = [index for shard in shards for keys in shard for _, index in keys]
+    assert sorted(seen) == list(range(images))
+    assert [len(sampler) for sampler in samplers] == [len(shard) for shard in shards]
+    assert all(1 <= len(keys) <= batch for shard in shards for keys in shard)
+    shares = [sum(map(len, shard)) for shard in shards]
+    assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "ranks"), list(itertools.product((7, 64, 101), (1, 4), (1, 2, 3)))
+)
+def test_every_rank_trains_on_as_many_full_batches_none_shared(images, batch, ranks):
+    samplers = [TrainSampler(images, batch, 0, 5, rank, ranks) for rank in range(ranks)]
+    shards = [list(sampler) for sampler in samplers]
+    batches = images // (batch * ranks)
+    assert [len(shard) for shard in shards] == [batches] * ranks
+    assert [len(sampler) for sampler in samplers] == [batches] * ranks
+    assert batches_per_epoch(images, batch, ranks) == batches
+    keys = [key for shard in shards for batch_keys in shard for key in batch_keys]
+    assert len(set(keys)) == len(keys) == batches * batch * ranks
+    assert all(epoch == 5 and 0 <= index < images for epoch, index in keys)
+
+
+def epoch_order(seed=0, epoch=0, **options):
+    sampler = TrainSampler(40, 4, seed, epoch, options.pop("rank", 1), 2, **options)
+    return [[index for _, index in keys] for keys in sampler]
+
+
+def test_training_order_is_a_function_of_seed_and_epoch():
+    order = epoch_order()
+    np.random.seed(3)
+    assert epoch_order() == order
+    assert epoch_order(epoch=1) != order
+    assert epoch_order(seed=1) != order
+    assert epoch_order(seed=1, epoch=0) != epoch_order(seed=0, epoch=1)
+    flat = [index for batch in epoch_order(rank=0) + order for index in batch]
+    assert sorted(flat) == list(range(40)) and flat != sorted(flat)
+
+
+@pytest.mark.parametrize("first_batch", [0, 1, 4, 5])
+def test_an_epoch_goes_on_where_it_was_left(first_batch):
+    assert epoch_order(first_batch=first_batch) == epoch_order()[first_batch:]
+    assert len(TrainSampler(40, 4, 0, 0, 1, 2, first_batch)) == 5 - first_batch
+
+
+# --- loaders ---
+
+
+def batches_of(dataset, sampler, workers):
+    loaded = list(build_loader(dataset, sampler, workers))
+    for images, labels in loaded:
+        assert (images.dtype, labels.dtype) == (paddle.uint8, paddle.int64)
+    return [(images.numpy(), labels.numpy()) for images, labels in loaded]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(folder):
+    dataset, sampler = dataset_of(folder, train=True), TrainSampler(11, 2, 0, 3, 0, 1)
+    expected = [
+        (np.stack([dataset[key][0] for key in keys]), [index for _, index in keys])
+        for keys in sampler
+    ]
+    for workers in (0, 1, 3):
+        loaded = batches_of(dataset, sampler, workers)
+        assert len(loaded) == len(expected) == 5
+        for (images, labels), (expected_images, expected_labels) in zip(loaded, expected):
+            assert np.array_equal(images, expected_images)
+            assert np.array_equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_loaders_end_with_a_short_batch_and_take_more_workers_than_batches(folder, workers):
+    loaded = batches_of(dataset_of(folder), EvalSampler(11, 8, 0, 1), workers)
+    assert [images.shape for images, _ in loaded] == [(8, SIZE, SIZE, 3), (3, SIZE, SIZE, 3)]
+    assert [label for _, labels in loaded for label in labels] == list(range(11))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_without_images_gets_no_batch(folder, workers):
+    assert batches_of(dataset_of(folder), EvalSampler(1, 8, 1, 2), workers) == []
+
+
+LOAD = """
+import sys
+from config import get_config
+from datasets import EvalSampler, build_dataset, build_loader
+config = get_config()
+config.DATA.DATA_PATH, config.DATA.IMAGE_SIZE = sys.argv[1], 16
+dataset = build_dataset(config, False)
+if sys.argv[3] == "bug":
+    def transform(image, rng):
+        return len(rng)
+    transform.image_size = 16
+    dataset.transform = transform
+seen = 0
+try:
+    for images, labels in build_loader(dataset, EvalSampler(11, 2, 0, 1), int(sys.argv[2])):
+        seen += len(labels)
+except Exception as error:
+    print(type(error).__name__, seen, error, flush=True)
+"""
+
+
+def load_elsewhere(folder, workers, kind):
+    """What loading all batches prints, in a process of its own, as a loader may hang for good."""
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), str(workers), kind],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_damaged_image_stops_any_loader_with_its_sentence(folder, tmp_path, workers):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "7.png").write_bytes(b"damaged")
+    done = load_elsewhere(tmp_path, workers, "image")
+    # Three whole batches of two come before it.
+    start = f"DataError 6 {tmp_path / 'val_list.txt'}:8: cannot read {tmp_path / '7.png'}"
+    assert done.stdout.startswith(start), done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bug_in_a_transform_does_not_hang_the_loader(folder, workers):
+    done = load_elsewhere(folder, workers, "bug")
+    assert "Generator' has no len()" in done.stdout + done.stderr
+
+
+def test_too_little_shared_memory_is_said_before_a_worker_dies(tmp_path):
+    message = refusal(require_shared_memory, 1 << 60, str(tmp_path))
+    assert str(tmp_path) in message and "1099511627777 MB" in message
+    assert "--shm-size" in message and "-num_workers 0" in message
+    require_shared_memory(1, str(tmp_path))
+    require_shared_memory(1 << 60, str(tmp_path / "no such folder"))
+
+
+def test_a_loader_asks_for_the_memory_of_its_workers_on_all_ranks(folder, monkeypatch):
+    free = 4 * 2 * 3 * SIZE * SIZE * 3  # four ranks, two workers with three batches of one image
+    stat = SimpleNamespace(f_bavail=free, f_frsize=1)
+    monkeypatch.setattr(datasets.os, "statvfs", lambda path: stat)
+    dataset, sampler = dataset_of(folder), EvalSampler(11, 1, 0, 1)
+    build_loader(dataset, sampler, 2, ranks_on_host=4)
+    stat.f_bavail -= 1
+    assert "shared memory" in refusal(build_loader, dataset, sampler, 2, 4)
+    build_loader(dataset, sampler, 0, ranks_on_host=4)

@@ -1,0 +1,337 @@
+"""Launching: how many ranks, with which environment, and that none outlives its launcher."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from program import ROOT
+
+import launch
+
+HANG_SECONDS = 60  # a limit that only stops a hang
+
+# Ranks say that they run by a file named by their number that holds their process's.
+STARTED = """
+import os, signal, sys
+rank = os.environ["PADDLE_TRAINER_ID"]
+with open(f"{sys.argv[1]}/{rank}.tmp", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(f"{sys.argv[1]}/{rank}.tmp", f"{sys.argv[1]}/{rank}")
+"""
+WAIT = STARTED + "while True: signal.pause()\n"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; those of a launcher and CUDA_VISIBLE_DEVICES are unset before."""
+    for name in list(os.environ):
+        if name.startswith("PADDLE_") or name in ("CUDA_VISIBLE_DEVICES", launch._ERROR_PIPE):
+            monkeypatch.delenv(name)
+    return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]
+
+
+def start_launcher(folder, ranks, rank_code, gpus=0, grace=launch._GRACE_SECONDS):
+    """A process that runs `rank_code` (argument: `folder`) in so many ranks."""
+    command = [sys.executable, "-c", rank_code, str(folder)]
+    code = (
+        f"import sys, launch; launch._GRACE_SECONDS = {grace}\n"
+        f"sys.exit(launch.run({ranks}, {gpus}, {command!r}))"
+    )
+    with open(folder / "stderr", "w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stderr=file, start_new_session=True
+        )
+
+
+def run_launcher(folder, ranks, rank_code, **options):
+    """(exit status, stderr) of a launcher."""
+    launcher = start_launcher(folder, ranks, rank_code, **options)
+    try:
+        status = launcher.wait(HANG_SECONDS)
+    finally:
+        launcher.kill()
+    return status, (folder / "stderr").read_text()
+
+
+def wait_until(condition):
+    end = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def started(folder, ranks):
+    """The process numbers of the ranks, when all have started."""
+    wait_until(lambda: all((folder / str(rank)).exists() for rank in range(ranks)))
+    return [int((folder / str(rank)).read_text()) for rank in range(ranks)]
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- what to start ---
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8)],
+)
+def test_cores_are_those_of_the_affinity_within_the_cgroups_quota(monkeypatch, quota, cores):
+    assert 1 <= launch.available_cores() <= os.cpu_count()
+
+    def fake_open(path):
+        if path != "/sys/fs/cgroup/cpu.max":
+            raise FileNotFoundError(path)
+        return io.StringIO(quota)
+
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(launch, "open", fake_open, raising=False)
+    assert launch.available_cores() == cores
+
+
+def test_an_old_cgroups_quota_counts_too(monkeypatch):
+    files = {
+        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",
+        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }
+
+    def fake_open(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(launch, "open", fake_open, raising=False)
+    assert launch.available_cores() == 3
+    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1\n"
+    assert launch.available_cores() == 8
+
+
+@pytest.mark.parametrize(
+    ("already", "ranks", "threads"), [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3")]
+)
+def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, already, ranks, threads):
+    monkeypatch.setattr(launch, "available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", already or "")
+    if already is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    launch.set_threads(ranks)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_rank", "local_ranks"),
+    [
+        ({}, False, 1),
+        ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "1"}, True, 1),
+        ({"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4"}, True, 4),
+        (
+            {"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4", "PADDLE_LOCAL_SIZE": "2"},
+            True,
+            2,
+        ),
+    ],
+)
+def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_rank, local_ranks):
+    environment(**variables)
+    assert (launch.is_rank(), launch.local_ranks()) == (is_rank, local_ranks)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "on_gpu", "workers"),
+    [(8, 2, False, 3), (2, 2, False, 1), (8, 2, True, 4), (256, 4, True, 16), (1, 1, True, 1)],
+)
+def test_loader_workers_are_shared_out_from_the_cores(
+    monkeypatch, environment, cores, ranks, on_gpu, workers
+):
+    monkeypatch.setattr(launch, "available_cores", lambda: cores)
+    environment(PADDLE_LOCAL_SIZE=str(ranks))
+    assert launch.default_workers(on_gpu) == workers
+
+
+@pytest.mark.parametrize(
+    ("nprocs", "gpus", "named", "ranks", "warned"),
+    [
+        (None, 0, None, 1, None),
+        (3, 0, None, 3, None),
+        (None, 4, None, 4, None),
+        (2, 4, "0,1,2,3", 2, None),
+        (4, 4, None, 4, None),
+        (None, 0, "", 1, None),
+        (2, 0, "-1", 2, None),
+        (None, 0, "0,1", 1, "no GPU here: running on the CPU"),
+        (2, 0, "0,1", 2, "no GPU here: running on the CPU"),
+        (None, 1, "0,1", 1, "1 GPU(s)"),
+    ],
+)
+def test_there_is_one_rank_for_each_gpu_or_as_many_as_asked(
+    environment, nprocs, gpus, named, ranks, warned
+):
+    if named is not None:
+        environment(CUDA_VISIBLE_DEVICES=named)
+    number, warning = launch.choose_ranks(nprocs, gpus)
+    assert number == ranks
+    if warned:
+        assert "CUDA_VISIBLE_DEVICES names 0,1" in warning and warned in warning
+    else:
+        assert warning is None
+
+
+@pytest.mark.parametrize(("nprocs", "gpus"), [(0, 0), (-1, 0), (0, 4), (5, 4), (2, 1)])
+def test_ranks_that_cannot_be_are_refused(environment, nprocs, gpus):
+    with pytest.raises(ValueError, match=f"-nprocs is {nprocs}, "):
+        launch.choose_ranks(nprocs, gpus)
+
+
+@pytest.mark.parametrize(
+    ("driver", "named", "answer", "gpus"),
+    [
+        (True, None, "echo a warning; echo 4", 4),
+        (True, "2,3", "echo 2", 2),
+        (True, "", "echo 4", 0),
+        (True, "-1", "echo 4", 0),
+        (False, None, "echo 4", 0),
+        (True, None, "exit 1", 0),
+        (True, None, "echo no number", 0),
+    ],
+)
+def test_gpus_are_those_that_paddle_can_use(
+    environment, monkeypatch, tmp_path, driver, named, answer, gpus
+):
+    if named is not None:
+        environment(CUDA_VISIBLE_DEVICES=named)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{answer}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(python))
+    monkeypatch.setattr(launch.os.path, "exists", lambda path: driver)
+    assert launch.count_gpus() == gpus
+
+
+# --- running ---
+
+
+@pytest.mark.parametrize("gpus", [0, 3])
+def test_ranks_get_the_variables_of_paddles_launcher(environment, tmp_path, gpus):
+    code = "import json, os, sys; rank = os.environ['PADDLE_TRAINER_ID']\n"
+    code += "json.dump(dict(os.environ), open(f'{sys.argv[1]}/{rank}', 'w'))"
+    environment(OTHER_VARIABLE="kept")
+    assert run_launcher(tmp_path, 3, code, gpus=gpus) == (0, "")
+    ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    endpoints = ranks[0]["PADDLE_TRAINER_ENDPOINTS"].split(",")
+    assert len(set(endpoints)) == 3
+    for number, variables in enumerate(ranks):
+        expected = {
+            "PADDLE_TRAINERS_NUM": "3",
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+            "PADDLE_CURRENT_ENDPOINT": endpoints[number],
+            "PADDLE_MASTER": endpoints[0],
+            "PADDLE_LOCAL_SIZE": "3",
+            "PADDLE_LOCAL_RANK": str(number),
+            "OTHER_VARIABLE": "kept",
+        }
+        assert {name: variables.get(name) for name in expected} == expected
+        assert variables.get("FLAGS_selected_gpus") == (str(number) if gpus else None)
+        assert variables.get("PADDLE_DISTRI_BACKEND") == (None if gpus else "gloo")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "reason"),
+    [
+        ("sys.exit(3)", 3, "exit status 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "SIGKILL"),
+    ],
+)
+def test_when_a_rank_fails_the_others_are_asked_to_end_and_it_is_named(
+    tmp_path, end, status, reason
+):
+    code = f"""
+import os, signal, sys
+def tidy(*_):
+    open(f"{{sys.argv[1]}}/tidy {{rank}}", "w")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, tidy)
+{STARTED}
+while rank != "1": signal.pause()
+while not all(os.path.exists(f"{{sys.argv[1]}}/{{other}}") for other in (0, 2)): pass
+{end}
+"""
+    ended, err = run_launcher(tmp_path, 3, code)
+    assert ended == status, err
+    assert (tmp_path / "tidy 0").exists() and (tmp_path / "tidy 2").exists()
+    assert err.splitlines() == [f"rank 1 of 3 failed ({reason}); the other ranks were ended"]
+    assert not any(map(is_running, started(tmp_path, 3)))
+
+
+def test_a_rank_that_does_not_end_when_asked_is_killed(tmp_path):
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{STARTED}"
+    code += "while rank == '1': signal.pause()\n"
+    code += "while not os.path.exists(f'{sys.argv[1]}/1'): pass\nsys.exit(4)"
+    status, _ = run_launcher(tmp_path, 2, code, grace=0.1)
+    assert status == 4
+    assert not any(map(is_running, started(tmp_path, 2)))
+
+
+def test_a_process_that_a_failed_rank_leaves_behind_does_not_hold_the_launcher(tmp_path):
+    code = "import os, signal, sys\npid = os.fork()\nwhile pid == 0: signal.pause()\n"
+    code += "open(f'{sys.argv[1]}/left', 'w').write(str(pid)); os._exit(5)"
+    try:
+        assert run_launcher(tmp_path, 1, code)[0] == 5
+    finally:
+        os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
+
+
+def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
+    code = "import launch, sys; launch.report_error('the list is empty: é'); sys.exit(2)"
+    status, err = run_launcher(tmp_path, 3, code)
+    assert status == 2
+    assert err.count("the list is empty: é") == 1
+    assert err.startswith("the list is empty: é\nrank ")
+
+
+def test_without_a_launcher_an_error_is_printed_at_once(environment, capsys):
+    launch.report_error("wrong")
+    assert capsys.readouterr().err == "wrong\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path, number, status):
+    launcher = start_launcher(tmp_path, 2, WAIT)
+    ranks = started(tmp_path, 2)
+    launcher.send_signal(number)
+    assert launcher.wait(HANG_SECONDS) == status
+    assert not any(map(is_running, ranks))
+
+
+def test_ctrl_c_reaches_the_ranks_as_one_request_to_end(tmp_path):
+    code = """
+import signal, sys
+def tidy(*_):
+    open(f"{sys.argv[1]}/tidy", "w")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, tidy)
+"""
+    launcher = start_launcher(tmp_path, 1, code + WAIT)
+    started(tmp_path, 1)
+    os.killpg(launcher.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    assert launcher.wait(HANG_SECONDS) == 130
+    assert (tmp_path / "tidy").exists()
+    assert "KeyboardInterrupt" not in (tmp_path / "stderr").read_text()
+
+
+def test_killing_the_launcher_leaves_no_rank(tmp_path):
+    launcher = start_launcher(tmp_path, 2, WAIT)
+    ranks = started(tmp_path, 2)
+    launcher.kill()
+    launcher.wait(HANG_SECONDS)
+    wait_until(lambda: not any(map(is_running, ranks)))
