@@ -346,10 +346,11 @@ def _convert_one(spec, value):
     """One value of a key, or one item of its list.  An int passes for a float, 3.0 for an int."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if spec.kind is float and is_number:
-        value = float(value) if -_NO_LIMIT <= value <= _NO_LIMIT else float("nan")  # refused below
+        with contextlib.suppress(OverflowError):  # an int beyond any float stays: out of range
+            value = float(value)
     elif spec.kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is not spec.kind:
+    if type(value) is not spec.kind and not (spec.kind is float and is_number):
         name = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
         raise ValueError(f"must be {name[spec.kind]}, not {_show(value)}")
     if spec.low is not None and not spec.low <= value <= spec.high:  # true for NaN

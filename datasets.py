@@ -4,6 +4,7 @@ A data set is a folder with `train_list.txt` and `val_list.txt`; each line is an
 relative to the folder, white space, and an integer label.
 """
 
+import functools
 import os
 import traceback
 from array import array
@@ -12,6 +13,7 @@ import numpy as np
 import paddle
 from PIL import Image
 
+from launch import die_with_parent
 from transforms import build_transform
 
 _LINE_LIMIT = 1 << 16  # bytes; a path has at most 4096
@@ -271,10 +273,16 @@ def build_loader(dataset, sampler, num_workers, ranks_on_host=1):
         batch_sampler=sampler,
         collate_fn=_collate,
         num_workers=num_workers,
+        # Paddle's workers wait for work without looking whether their parent still lives.
+        worker_init_fn=functools.partial(_die_with, os.getpid()),
         prefetch_factor=_PREFETCH,
         use_shared_memory=num_workers > 0,
     )
     return _unpack(loader)
+
+
+def _die_with(parent, worker):
+    die_with_parent(parent)
 
 
 def require_shared_memory(num_bytes, folder="/dev/shm"):

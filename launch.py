@@ -143,6 +143,19 @@ def run(ranks, gpus, command):
     return code if code > 0 else 128 - code
 
 
+def die_with_parent(parent, number=signal.SIGKILL):
+    """Has the kernel send this process a signal when its parent ends (on Linux).
+
+    Args:
+        parent: the parent's process id; where it has ended already, this process does too.
+        number: the signal.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, number)  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def report_error(message):
     """Prints an error, or has the launcher print it once however many ranks report it."""
     if _ERROR_PIPE in os.environ:
@@ -186,10 +199,7 @@ def _start_rank(rank, env, command, writer):
     def prepare():  # runs in the child
         # Ctrl-C reaches the whole group: the launcher answers it for all, once.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with contextlib.suppress(OSError, AttributeError):  # Linux only
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+        die_with_parent(parent, signal.SIGTERM)
 
     env[_ERROR_PIPE] = str(writer)
     return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=prepare)

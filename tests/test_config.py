@@ -10,7 +10,7 @@ from program import ROOT
 
 import config as config_module
 import optim
-from config import ConfigError, get_config, get_value, known_keys, update_config
+from config import ConfigError, get_config, get_value, update_config
 from gmlp import build_gmlp
 
 # PaddleViT's keys and defaults; the two lines marked "ours" differ from it on purpose (README).
