@@ -4,7 +4,6 @@ A data set is a folder with `train_list.txt` and `val_list.txt`; each line is an
 relative to the folder, white space, and an integer label.
 """
 
-import functools
 import os
 import traceback
 from array import array
@@ -16,7 +15,7 @@ from PIL import Image
 from launch import die_with_parent
 from transforms import build_transform
 
-_LINE_LIMIT = 1 << 16  # bytes; a path has at most 4096
+_LINE_LIMIT = 5000  # bytes; a path has at most 4096
 _PREFETCH = 2  # batches that each loader worker works ahead
 
 
@@ -56,6 +55,7 @@ class ImageList:
                 )
             if not _is_utf8(parts[0]):
                 raise DataError(f"{self.path}:{number}: this line is not UTF-8 text")
+            # Ten digits exceed any number of classes; int() of thousands would take its time.
             label = int(parts[1]) if len(parts[1]) <= 10 else num_classes
             if label >= num_classes:
                 raise DataError(
@@ -91,9 +91,9 @@ class ImageList:
             with open(self.path, "rb") as file:
                 if file.read(3) != b"\xef\xbb\xbf":  # a UTF-8 byte order mark
                     file.seek(0)
-                for number, line in enumerate(iter(lambda: file.readline(_LINE_LIMIT), b""), 1):
+                for number, line in enumerate(iter(lambda: file.readline(_LINE_LIMIT + 1), b""), 1):
                     line = line.strip()
-                    if len(line) > 5000:
+                    if len(line) > _LINE_LIMIT:
                         raise DataError(
                             f"{self.path}:{number}: this line is longer than any path and label"
                         )
@@ -268,21 +268,18 @@ def build_loader(dataset, sampler, num_workers, ranks_on_host=1):
         image_bytes = 3 * dataset.transform.image_size**2
         batches = num_workers * (_PREFETCH + 1) * ranks_on_host
         require_shared_memory(batches * sampler.batch_size * image_bytes)
+    parent = os.getpid()
     loader = paddle.io.DataLoader(
         _Fetch(dataset),
         batch_sampler=sampler,
         collate_fn=_collate,
         num_workers=num_workers,
         # Paddle's workers wait for work without looking whether their parent still lives.
-        worker_init_fn=functools.partial(_die_with, os.getpid()),
+        worker_init_fn=lambda worker_id: die_with_parent(parent),
         prefetch_factor=_PREFETCH,
         use_shared_memory=num_workers > 0,
     )
     return _unpack(loader)
-
-
-def _die_with(parent, worker):
-    die_with_parent(parent)
 
 
 def require_shared_memory(num_bytes, folder="/dev/shm"):

@@ -73,11 +73,10 @@ def train_one_epoch(training, batches, epoch, total, first_batch=0):
         images_seen += len(labels)
         if (batch + 1) % training.report_freq == 0 or batch + 1 == total:
             mean_loss = recent.read()
-            training.report(
-                epoch, batch + 1, mean_loss, images_seen / (time.perf_counter() - start)
-            )
             if not np.isfinite(mean_loss):
                 raise NonFiniteLoss(f"the loss is {mean_loss} in epoch {epoch}, batch {batch + 1}")
+            images_per_second = images_seen / (time.perf_counter() - start)
+            training.report(epoch, batch + 1, mean_loss, images_per_second)
             images_seen, start = 0, time.perf_counter()
     return whole.read()
 
@@ -130,12 +129,12 @@ def validate(model, batches, batch_transform, autocast):
         seen += len(labels)
     meet()
     correct = all_reduce_sum(correct).numpy()
-    images = int(all_reduce_sum(paddle.to_tensor(seen, dtype="int64")))
+    num_images = int(all_reduce_sum(paddle.to_tensor(seen, dtype="int64")))
     return {
-        "acc1": 100 * int(correct[0]) / images,
-        "acc5": 100 * int(correct[1]) / images,
-        "loss": float(all_reduce_sum(loss_sum)) / images,
-        "images": images,
+        "acc1": 100 * int(correct[0]) / num_images,
+        "acc5": 100 * int(correct[1]) / num_images,
+        "loss": float(all_reduce_sum(loss_sum)) / num_images,
+        "images": num_images,
     }
 
 
@@ -155,5 +154,5 @@ def top_k_counts(logits, labels, ks=(1, 5)):
     # NaN is behind nothing and a model of NaNs gets nothing right.
     later = paddle.arange(logits.shape[1]).unsqueeze(0) >= labels.unsqueeze(1)
     behind = (logits < own) | ((logits == own) & later)
-    rank = (~behind).astype("int64").sum(axis=1)
-    return paddle.stack([(rank < k).astype("int64").sum() for k in ks])
+    place = (~behind).astype("int64").sum(axis=1)  # of each row's label, from 0
+    return paddle.stack([(place < k).astype("int64").sum() for k in ks])

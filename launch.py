@@ -57,11 +57,11 @@ def set_threads(ranks):
 def default_workers(on_gpu):
     """Loader workers per rank: this host's cores shared out among its ranks.
 
-    On a GPU machine the workers have the cores to themselves; on the CPU one core of each rank's
-    share is left to the model.
+    On a GPU machine the workers have the cores to themselves.  On the CPU one core of each rank's
+    share is left to the model; a rank with one core loads in its own process (0 workers).
     """
-    share = available_cores() // local_ranks()
-    return max(1, min(share, 16) if on_gpu else share - 1)
+    share = max(1, available_cores() // local_ranks())
+    return min(share, 16) if on_gpu else share - 1
 
 
 def count_gpus():
@@ -93,15 +93,17 @@ def choose_ranks(nprocs, gpus):
     if nprocs is not None and nprocs < 1:
         raise ValueError(f"-nprocs is {nprocs}, it must be at least 1")
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    missing = named not in ("", "-1") and len(named.split(",")) > gpus
-    warning = f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds " if missing else None
+    warning = None
+    if named not in ("", "-1") and len(named.split(",")) > gpus:
+        use = f"{gpus} GPU(s): using those" if gpus else "no GPU here: running on the CPU"
+        warning = f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds {use}"
     if gpus == 0:
-        return nprocs or 1, warning and warning + "no GPU here: running on the CPU"
+        return nprocs or 1, warning
     if nprocs is not None and nprocs > gpus:
         raise ValueError(
             f"-nprocs is {nprocs}, but only {gpus} GPU(s) are visible: one process needs one GPU"
         )
-    return nprocs or gpus, warning and warning + f"{gpus} GPU(s): using those"
+    return nprocs or gpus, warning
 
 
 def run(ranks, gpus, command):
@@ -179,9 +181,10 @@ def _environments(ranks, on_gpu):
             "PADDLE_LOCAL_SIZE": str(ranks),
             "PADDLE_LOCAL_RANK": str(rank),
         }
-        env["FLAGS_selected_gpus" if on_gpu else "PADDLE_DISTRI_BACKEND"] = (
-            str(rank) if on_gpu else "gloo"
-        )
+        if on_gpu:
+            env["FLAGS_selected_gpus"] = str(rank)
+        else:
+            env["PADDLE_DISTRI_BACKEND"] = "gloo"
         yield {**os.environ, **env}
 
 
@@ -207,7 +210,9 @@ def _start_rank(rank, env, command, writer):
 
 def _wait(processes, received):
     """Waits for all; ends the rest when one fails or a signal came.  The first failed rank."""
-    failed, deadline, passed_on = None, None, False
+    failed = None
+    deadline = None
+    passed_on = False
     while None in (codes := [process.poll() for process in processes]):
         if failed is None:
             failed = _first_failed(codes)

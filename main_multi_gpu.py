@@ -93,6 +93,7 @@ def run(config):
     try:
         program()
     except worker.RUN_ERRORS as error:
+        parts.log.error(error)
         launch.report_error(str(error))
         return 1
     return 0

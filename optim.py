@@ -51,18 +51,24 @@ def warmup_cosine(start, base, end, warmup, total):
     return learning_rate
 
 
-def build_optimizer(config, model, learning_rate):
+def build_schedule(learning_rate):
+    """Paddle's scheduler for a function of the number of optimizer steps done."""
+    # LambdaDecay multiplies its base rate by the function, which gives the rate itself here.
+    return paddle.optimizer.lr.LambdaDecay(1.0, learning_rate)
+
+
+def build_optimizer(config, model, schedule):
     """AdamW with decoupled weight decay and clipping by the global norm.
 
     Args:
         config: TRAIN.{WEIGHT_DECAY, GRAD_CLIP, OPTIMIZER} are read.
         model: the parameters; biases and norms are not decayed.
-        learning_rate: function of the number of optimizer steps done.
+        schedule: build_schedule's.
     """
     train = config.TRAIN
     decayed = decayed_parameters(model)
     return paddle.optimizer.AdamW(
-        learning_rate=paddle.optimizer.lr.LambdaDecay(1.0, learning_rate),
+        learning_rate=schedule,
         parameters=model.parameters(),
         beta1=train.OPTIMIZER.BETAS[0],
         beta2=train.OPTIMIZER.BETAS[1],
@@ -97,8 +103,9 @@ class Updater:
         step: optimizer steps done; a step that loss scaling skipped does not count.
     """
 
-    def __init__(self, optimizer, scaler, ema):
-        self.optimizer, self.scaler, self.ema = optimizer, scaler, ema
+    def __init__(self, optimizer, schedule, scaler, ema):
+        self.optimizer, self.schedule = optimizer, schedule
+        self.scaler, self.ema = scaler, ema
         self.step = 0
 
     def scale(self, loss):
@@ -111,7 +118,8 @@ class Updater:
         rate and the step counter stay too.
         """
         self.scaler.unscale_(self.optimizer)
-        # Paddle's scaler reads this flag on the host in any case, once a step and for float16 only.
+        # GradScaler has no public way to ask whether it will skip; it reads this flag on the host
+        # itself, once a step, for float16 only.
         skipped = self.scaler.is_enable() and bool(self.scaler._found_inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -123,7 +131,7 @@ class Updater:
     def move_to(self, step):
         """Sets the number of steps done, and with it the learning rate."""
         self.step = step
-        self.optimizer._learning_rate.step(step)
+        self.schedule.step(step)
 
 
 class EMA:
@@ -131,6 +139,7 @@ class EMA:
 
     Attributes:
         average: a model of the same shape that holds the average, for validation.
+        name: what the average is called in logs.
 
     Args:
         model: the model that trains.
@@ -138,6 +147,8 @@ class EMA:
         decay: share of the old average that an update keeps.
         on_cpu: keep the average in host memory.
     """
+
+    name = "ema"
 
     def __init__(self, model, average, decay, on_cpu=False):
         self.model, self.average, self.decay = model, average, decay
@@ -159,14 +170,19 @@ class EMA:
     def on_device(self):
         """The average on the device that computes, for as long as the context lasts."""
         self.average.to(device=paddle.get_device())
-        yield self.average
-        self.average.to(device=self.place)
+        try:
+            yield self.average
+        finally:
+            self.average.to(device=self.place)
 
 
 class NoEMA:
-    """Stands where an EMA would, and does nothing."""
+    """Stands where an EMA would: the average is the model itself."""
 
-    average = None
+    name = "model"
+
+    def __init__(self, model):
+        self.average = model
 
     def update(self):
         pass

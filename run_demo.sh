@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole program on real images in about three minutes: unpacks 5,000 handwritten digits, trains a
+# The whole program on real images, in minutes: unpacks 5,000 handwritten digits, trains a
 # small gMLP on them in two processes, and evaluates what came out.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,7 +1,6 @@
 """The training program of one rank: the parts that only training has, and the epochs."""
 
 import contextlib
-import os
 import time
 
 import numpy as np
@@ -23,25 +22,26 @@ class Trainer:
     def __init__(self, worker):
         self.worker, self.config = worker, worker.config
         data, train = self.config.DATA, self.config.TRAIN
-        self.batches = batches_per_epoch(len(worker.train_data), data.BATCH_SIZE, worker.ranks)
+        self.batches = batches_per_epoch(len(worker.train_data), data.BATCH_SIZE, worker.world_size)
         if self.batches == 0:
             raise DataError(
                 f"{worker.train_data.images.path} has {len(worker.train_data)} images, fewer than "
-                f"one batch of {data.BATCH_SIZE} for each of {worker.ranks} rank(s): "
+                f"one batch of {data.BATCH_SIZE} for each of {worker.world_size} rank(s): "
                 "take a smaller -batch_size"
             )
         self.steps_per_epoch = -(-self.batches // train.ACCUM_ITER)
-        images_per_step = data.BATCH_SIZE * train.ACCUM_ITER * worker.ranks
-        self.rates = optim.scaled_learning_rates(train, images_per_step)
-        schedule = optim.warmup_cosine(
-            *self.rates,
+        images_per_step = data.BATCH_SIZE * train.ACCUM_ITER * worker.world_size
+        self.learning_rates = optim.scaled_learning_rates(train, images_per_step)
+        learning_rate = optim.warmup_cosine(
+            *self.learning_rates,
             warmup=optim.warmup_steps(train, self.steps_per_epoch),
             total=train.NUM_EPOCHS * self.steps_per_epoch,
         )
+        schedule = optim.build_schedule(learning_rate)
         self.optimizer = optim.build_optimizer(self.config, worker.model, schedule)
         self.scaler = self._build_scaler()
         self.ema = self._build_ema()
-        self.updater = optim.Updater(self.optimizer, self.scaler, self.ema)
+        self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
         self.best = {"acc1": -1.0, "epoch": 0}
         self.first_epoch = 1 + train.LAST_EPOCH
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
@@ -63,7 +63,7 @@ class Trainer:
     def _build_ema(self):
         train = self.config.TRAIN
         if not train.MODEL_EMA:
-            return optim.NoEMA()
+            return optim.NoEMA(self.worker.model)
         average = build_model(self.config)
         return optim.EMA(
             self.worker.model, average, train.MODEL_EMA_DECAY, train.MODEL_EMA_FORCE_CPU
@@ -71,7 +71,7 @@ class Trainer:
 
     def _build_training(self):
         model, no_sync = self.worker.model, contextlib.nullcontext
-        if self.worker.ranks > 1:
+        if self.worker.world_size > 1:
             model = paddle.DataParallel(model)
             no_sync = model.no_sync
         return engine.Training(
@@ -89,7 +89,7 @@ class Trainer:
 
     def _log_plan(self, images_per_step):
         train, log = self.config.TRAIN, self.worker.log
-        start, base, end = self.rates
+        start, base, end = self.learning_rates
         log.info(
             f"{len(self.worker.train_data):,} training and {len(self.worker.val_data):,} "
             f"validation images; {images_per_step} images per step, {self.steps_per_epoch} steps "
@@ -114,10 +114,15 @@ class Trainer:
             )
             self.worker.metrics.write(kind="epoch", epoch=epoch, step=self.updater.step, loss=loss)
             is_last = epoch == epochs
-            improved = (epoch % config.VALIDATE_FREQ == 0 or is_last) and self._validate(epoch)
+            improved = False
+            if epoch % config.VALIDATE_FREQ == 0 or is_last:
+                improved = self._validate(epoch)
             self._save(epoch, keep=epoch % config.SAVE_FREQ == 0 or is_last, best=improved)
         if self.best["epoch"]:
-            log.info(f"best Acc@1 {self.best['acc1']:.2f} in epoch {self.best['epoch']}")
+            weights = self.ema.name
+            log.info(
+                f"best Acc@1 {self.best['acc1']:.2f} ({weights}) in epoch {self.best['epoch']}"
+            )
         log.info(f"outputs in {self.worker.folder}")
 
     def _train_epoch(self, epoch):
@@ -128,7 +133,7 @@ class Trainer:
             self.config.SEED,
             epoch,
             worker.rank,
-            worker.ranks,
+            worker.world_size,
         )
         loader = worker.loader(worker.train_data, sampler)
         title = f"epoch {epoch}/{self.config.TRAIN.NUM_EPOCHS}"
@@ -137,7 +142,7 @@ class Trainer:
 
     def _report(self, epoch, done, loss, images_per_second):
         rate = self.optimizer.get_lr()
-        speed = images_per_second * self.worker.ranks
+        speed = images_per_second * self.worker.world_size
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
         self.worker.log.debug(
             f"epoch {epoch}/{self.config.TRAIN.NUM_EPOCHS} batch {done}/{self.batches}: "
@@ -154,9 +159,12 @@ class Trainer:
         )
 
     def _validate(self, epoch):
-        """Validates the weights, and the EMA's.  Returns whether the best score improved."""
+        """Validates the weights, and their average.  Returns whether the best score improved.
+
+        With an EMA its score counts, as its weights are the ones to use.
+        """
         scores = self._validate_one(self.worker.model, epoch, "model")
-        if self.ema.average is not None:
+        if self.ema.average is not self.worker.model:
             with self.ema.on_device() as average:
                 scores = self._validate_one(average, epoch, "ema")
         if scores["acc1"] <= self.best["acc1"]:
@@ -177,19 +185,18 @@ class Trainer:
         utils.meet()
 
     def _write(self, epoch, keep, best):
+        folder = self.worker.folder
         names = ["last.pdparams"]
         names += [f"Epoch-{epoch}.pdparams"] if keep else []
         names += ["best.pdparams"] if best else []
-        checkpoint.save(self.worker.folder, names, self._tree(epoch))
+        checkpoint.save(folder, names, self._state(epoch))
         if best:
-            model = self.ema.average or self.worker.model
-            checkpoint.save(self.worker.folder, ["best_weights.pdparams"], model.state_dict())
-        if keep:
-            self.worker.log.info(f"saved {os.path.join(self.worker.folder, names[1])}")
+            checkpoint.save(folder, ["best_weights.pdparams"], self.ema.average.state_dict())
+        self.worker.log.info(f"saved {', '.join(names)}")
 
-    def _tree(self, epoch):
+    def _state(self, epoch):
         """Everything that going on after `epoch` needs; PaddleViT's keys come first."""
-        tree = {
+        state = {
             "model": self.worker.model.state_dict(),
             "optimizer": checkpoint.optimizer_state(self.optimizer, self.worker.model),
             "epoch": epoch,
@@ -197,31 +204,30 @@ class Trainer:
             "amp_grad_scaler": self.scaler.state_dict(),
             "step": self.updater.step,
             "best": self.best,
-            "run": {"model_name": self.config.MODEL.NAME, "ranks": self.worker.ranks},
+            "run": {"model_name": self.config.MODEL.NAME, "world_size": self.worker.world_size},
         }
-        if self.ema.average is not None:
-            tree["model_ema"] = self.ema.average.state_dict()
-        return tree
+        if self.config.TRAIN.MODEL_EMA:
+            state["model_ema"] = self.ema.average.state_dict()
+        return state
 
-    def _restore(self, tree, path):
+    def _restore(self, state, path):
         """Goes on from a checkpoint; what it lacks (as PaddleViT's do) is said and starts fresh."""
         log = self.worker.log
-        epoch = tree.get("epoch")
-        if not isinstance(epoch, int):
+        if "epoch" in state:
+            self.first_epoch = state["epoch"] + 1
+            self.updater.move_to(state.get("step", state["epoch"] * self.steps_per_epoch))
+            self.best = state.get("best", self.best)
+        else:
             log.warning(f"{path} has no epoch: starting at {self.first_epoch} with its weights")
-            return
-        self.first_epoch = epoch + 1
-        self.updater.move_to(tree.get("step", epoch * self.steps_per_epoch))
-        self.best = tree.get("best", self.best)
         if not checkpoint.restore_optimizer(
-            self.optimizer, self.worker.model, tree.get("optimizer")
+            self.optimizer, self.worker.model, state.get("optimizer")
         ):
             log.warning(f"{path} has no optimizer state that can be matched: it starts fresh")
-        if self.scaler.is_enable() and tree.get("amp_grad_scaler"):
-            self.scaler.load_state_dict(tree["amp_grad_scaler"])
-        if self.ema.average is not None:
-            weights = tree.get("model_ema")
-            if not weights:
+        if self.scaler.is_enable() and state.get("amp_grad_scaler"):
+            self.scaler.load_state_dict(state["amp_grad_scaler"])
+        if self.config.TRAIN.MODEL_EMA:
+            if not state.get("model_ema"):
                 log.warning(f"{path} has no averaged weights (EMA): they start from the model's")
-            checkpoint.assign_weights(self.ema.average, weights or tree["model"], path)
-        log.info(f"going on after epoch {epoch} of {path}")
+            average = state.get("model_ema") or state["model"]
+            checkpoint.assign_weights(self.ema.average, average, path)
+        log.info(f"going on with epoch {self.first_epoch} from {path}")

@@ -16,9 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from PIL import Image
 
-from augment import AutoAugment, ColorJitter, RandAugment
-
-BICUBIC = Image.Resampling.BICUBIC
+from augment import BICUBIC, AutoAugment, ColorJitter, RandAugment
 
 # --- one image: crops ---
 

@@ -82,7 +82,7 @@ def setup_logging(folder, rank):
     logger.handlers.clear()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers = [logging.FileHandler(os.path.join(folder, f"log_{rank}.txt"))]
     if rank == 0:
         handlers.append(logging.FileHandler(os.path.join(folder, "log.txt")))
@@ -113,7 +113,9 @@ class MetricsFile:
     def write(self, **row):
         if self.path:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+                file.write(
+                    json.dumps({"time": round(time.time(), 3), **row}, allow_nan=False) + "\n"
+                )
 
 
 class MeanMeter:
@@ -132,18 +134,18 @@ class MeanMeter:
 
         The same number on every rank, so that all of them stop where it is not finite.
         """
-        mean = all_reduce_sum(self.total / self.count) / (dist.get_world_size() or 1)
+        mean = all_reduce_sum(self.total / self.count) / dist.get_world_size()
         self.total, self.count = None, 0
         return float(mean)
 
 
-def progress_bar(batches, total, title, rank, done=0):
+def progress_bar(batches, total, title, rank):
     """`batches` with a progress bar on rank 0's terminal, without one elsewhere."""
     enabled = rank == 0 and sys.stderr.isatty()
-    return tqdm(batches, title, total, initial=done, leave=False, disable=not enabled, unit="batch")
+    return tqdm(batches, title, total, leave=False, disable=not enabled, unit="batch")
 
 
-def describe_machine(rank_count):
+def describe_machine(world_size):
     """Lines about versions, device, ranks and threads for the start of a log."""
     device = paddle.get_device()
     if device.startswith("gpu"):
@@ -152,7 +154,7 @@ def describe_machine(rank_count):
     return [
         f"python {platform.python_version()}, paddle {paddle.__version__}, "
         f"numpy {np.__version__}, pillow {PIL.__version__}, {platform.platform()}",
-        f"device {device}, {rank_count} rank(s), {threads} thread(s) per rank",
+        f"device {device}, {world_size} rank(s), {threads} thread(s) per rank",
         f"git revision {git_revision() or 'unknown (not a git checkout)'}",
     ]
 

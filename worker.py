@@ -19,7 +19,7 @@ from launch import default_workers, local_ranks
 from transforms import build_batch_transform
 
 # What a user can set right by other arguments, and what only shows while running.
-SETUP_ERRORS = (ConfigError, DataError, WeightsError)
+SETUP_ERRORS = (ConfigError, DataError, WeightsError, OSError)
 RUN_ERRORS = (DataError, WeightsError, engine.NonFiniteLoss, OSError)
 
 
@@ -28,7 +28,7 @@ class Worker:
 
     Attributes:
         config: the merged config.
-        rank, ranks: this process among all.
+        rank, world_size: this process among all.
         folder: where this run's files go.
         start: the checkpoint's tree that the run goes on from, or None.
     """
@@ -43,54 +43,66 @@ class Worker:
             ConfigError, DataError, WeightsError: what the user asked for cannot be had.
         """
         self.config = config
-        self.rank, self.ranks = utils.init_distributed()
+        self.rank, self.world_size = utils.init_distributed()
+        self.warnings = []  # for the log, once there is one
         paddle.seed(config.SEED)
         self.model = build_model(config)
         self.val_data = build_dataset(config, train=False)
         self.train_data = None if config.EVAL else build_dataset(config, train=True)
-        self.notices = []  # for the log, once there is one
-        self.start, self.start_path = self._find_start()
+        self.start, self.start_path = self._load_start()
+        self._load_pretrained()
         self.folder = self._make_folder()
         self.log = utils.setup_logging(self.folder, self.rank)
         self.metrics = utils.MetricsFile(self.folder, self.rank)
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         if config.AMP and not self.amp:
-            self.notices.append("-amp: this is a CPU, where Paddle has no AMP: running float32")
-        self._load_pretrained()
+            self.warnings.append("-amp: this is a CPU, where Paddle has no AMP: running float32")
         self._log_start()
 
-    def _find_start(self):
-        """(checkpoint tree, path) to go on from, or (None, None)."""
-        resume = None if self.config.EVAL else self.config.MODEL.RESUME
+    def _load_start(self):
+        """(checkpoint, path) to go on from, its weights in the model; or (None, None)."""
+        resume = self.config.MODEL.RESUME
         if not resume:
             return None, None
-        if resume != "auto":
-            tree = checkpoint.read(resume)
-            checkpoint.assign_weights(self.model, tree["model"], resume)
-            return tree, resume
-        # One rank searches, so that all agree; the others read what it found.
-        found = self._find_newest() if self.rank == 0 else None
-        path = utils.broadcast_object(found)
+        if self.config.EVAL:
+            raise ConfigError("-eval goes with -pretrained FILE, not with -resume")
+        path = self._find_newest() if resume == "auto" else resume
         if path is None:
-            self.notices.append(
+            self.warnings.append(
                 f"-resume auto: no checkpoint of {self.config.MODEL.NAME} under "
                 f"{self.config.SAVE}, starting fresh"
             )
             return None, None
-        tree = checkpoint.read(path, require_checksum=True)
-        checkpoint.assign_weights(self.model, tree["model"], path)
-        return tree, path
+        state = checkpoint.read(path, require_checksum=resume == "auto")
+        checkpoint.assign_weights(self.model, state["model"], path)
+        return state, path
 
     def _find_newest(self):
-        for path in checkpoint.candidates(self.config.SAVE):
+        """The newest valid checkpoint of this model, or None; rank 0 searches, so all agree."""
+        found = None
+        for path in checkpoint.candidates(self.config.SAVE) if self.rank == 0 else ():
             try:
-                tree = checkpoint.read(path, require_checksum=True)
+                state = checkpoint.read(path, require_checksum=True)
             except WeightsError as error:
-                self.notices.append(f"-resume auto: passed over {error}")
+                self.warnings.append(f"-resume auto: passed over {error}")
                 continue
-            if tree.get("run", {}).get("model_name") == self.config.MODEL.NAME:
-                return path
-        return None
+            if state.get("run", {}).get("model_name") == self.config.MODEL.NAME:
+                found = path
+                break
+        return utils.broadcast_object(found)
+
+    def _load_pretrained(self):
+        path = self.config.MODEL.PRETRAINED
+        if self.config.EVAL and not path:
+            raise ConfigError("-eval needs -pretrained FILE: there are no weights to evaluate")
+        if not path or self.start:
+            return
+        weights = checkpoint.load_weights(path)
+        if checkpoint.assign_weights(self.model, weights, path, not self.config.EVAL):
+            self.warnings.append(
+                f"the head in {path} has another number of classes than MODEL.NUM_CLASSES "
+                f"{self.config.MODEL.NUM_CLASSES}: the head starts anew"
+            )
 
     def _make_folder(self):
         """The run's folder, which rank 0 names for all; a resumed run goes on in its own."""
@@ -114,32 +126,21 @@ class Worker:
     def on_gpu(self):
         return paddle.get_device().startswith("gpu")
 
-    def _load_pretrained(self):
-        path = self.config.MODEL.PRETRAINED
-        if not path or self.start:
-            return
-        weights = checkpoint.load_weights(path)
-        new_head = checkpoint.assign_weights(self.model, weights, path, not self.config.EVAL)
-        self.notices.append(f"weights from {path}")
-        if new_head:
-            self.notices.append(
-                f"the head in {path} has another number of classes than MODEL.NUM_CLASSES "
-                f"{self.config.MODEL.NUM_CLASSES}: the head starts anew"
-            )
-
     def _log_start(self):
         parameters = sum(int(param.size) for param in self.model.parameters())
-        for line in utils.describe_machine(self.ranks):
+        for line in utils.describe_machine(self.world_size):
             self.log.info(line)
         self.log.info(f"{self.config.MODEL.NAME}: {parameters:,} parameters")
         self.log.info(f"config:\n{self.config.dump().rstrip()}")
-        for notice in self.notices:
-            self.log.info(notice)
+        if self.config.MODEL.PRETRAINED and not self.start:
+            self.log.info(f"weights from {self.config.MODEL.PRETRAINED}")
+        for warning in self.warnings:
+            self.log.warning(warning)
 
     def validate(self, model, title):
         """Evaluates a model on the whole validation list; see engine.validate."""
         batch_size = self.config.DATA.BATCH_SIZE_EVAL or self.config.DATA.BATCH_SIZE
-        sampler = EvalSampler(len(self.val_data), batch_size, self.rank, self.ranks)
+        sampler = EvalSampler(len(self.val_data), batch_size, self.rank, self.world_size)
         loader = self.loader(self.val_data, sampler)
         batches = utils.progress_bar(loader, len(sampler), title, self.rank)
         transform = build_batch_transform(self.config, train=False)

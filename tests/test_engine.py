@@ -44,7 +44,7 @@ def make_training(model, optimizer, accum_iter=1, **changes):
     scaler = optim.build_scaler(False, "float16")
     parts = {
         "model": model,
-        "updater": optim.Updater(optimizer, scaler, optim.NoEMA()),
+        "updater": optim.Updater(optimizer, optimizer._learning_rate, scaler, optim.NoEMA(model)),
         "batch_transform": one_hot,
         "autocast": contextlib.nullcontext,
         "no_sync": contextlib.nullcontext,
@@ -210,7 +210,7 @@ def test_an_overflow_skips_the_step_the_ema_and_the_learning_rate(scaler_on_cpu)
     clip = paddle.nn.ClipGradByGlobalNorm(1.0)
     optimizer = paddle.optimizer.SGD(schedule, parameters=model.parameters(), grad_clip=clip)
     ema = optim.EMA(model, average, 0.5)
-    updater = optim.Updater(optimizer, scaler_on_cpu, ema)
+    updater = optim.Updater(optimizer, schedule, scaler_on_cpu, ema)
     seen = []
 
     def transform(images, labels, rng):

@@ -44,8 +44,10 @@ def test_mixed_precision_computes_in_its_type(dtype):
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
     model = build("tiny")
-    optimizer = optim.build_optimizer(_config(), model, lambda step: 0.1)
-    updater = optim.Updater(optimizer, optim.build_scaler(True, "float16"), optim.NoEMA())
+    schedule = optim.build_schedule(lambda step: 0.1)
+    optimizer = optim.build_optimizer(_config(), model, schedule)
+    scaler = optim.build_scaler(True, "float16")
+    updater = optim.Updater(optimizer, schedule, scaler, optim.NoEMA(model))
     before = model.head.bias.numpy().copy()
     with optim.build_autocast(True, "float16")():
         loss = model(paddle.to_tensor(draw_images(32))).sum()

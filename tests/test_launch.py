@@ -149,7 +149,15 @@ def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "on_gpu", "workers"),
-    [(8, 2, False, 3), (2, 2, False, 1), (8, 2, True, 4), (256, 4, True, 16), (1, 1, True, 1)],
+    [
+        (8, 2, False, 3),
+        (2, 2, False, 0),
+        (1, 2, False, 0),
+        (8, 2, True, 4),
+        (1, 2, True, 1),
+        (256, 4, True, 16),
+        (1, 1, True, 1),
+    ],
 )
 def test_loader_workers_are_shared_out_from_the_cores(
     monkeypatch, environment, cores, ranks, on_gpu, workers

@@ -98,8 +98,9 @@ def test_warm_up_steps_override_warm_up_epochs(steps, expected):
 
 
 def test_the_optimizer_takes_each_steps_rate_and_that_of_a_resumed_step(model):
-    optimizer = build_optimizer(get_config(), model, lambda step: 0.5 / (1 + step))
-    updater = Updater(optimizer, optim.build_scaler(False, "float16"), NoEMA())
+    schedule = optim.build_schedule(lambda step: 0.5 / (1 + step))
+    optimizer = build_optimizer(get_config(), model, schedule)
+    updater = Updater(optimizer, schedule, optim.build_scaler(False, "float16"), NoEMA(model))
     rates = []
     for _ in range(3):
         rates.append(optimizer.get_lr())
@@ -116,7 +117,8 @@ def test_the_optimizer_takes_each_steps_rate_and_that_of_a_resumed_step(model):
 
 def test_weight_decay_shrinks_matrices_and_convolutions_and_nothing_else():
     model = golden.build("tiny")
-    optimizer = build_optimizer(config_of(WEIGHT_DECAY=0.5), model, lambda step: 0.1)
+    schedule = optim.build_schedule(lambda step: 0.1)
+    optimizer = build_optimizer(config_of(WEIGHT_DECAY=0.5), model, schedule)
     before = numpy_of(model)
     shapes = {param.name: param.ndim for param in optimizer._parameter_list}
     assert decayed_parameters(model) == {name for name, axes in shapes.items() if axes > 1}
@@ -132,8 +134,9 @@ def test_weight_decay_shrinks_matrices_and_convolutions_and_nothing_else():
 def test_steps_are_adamws_by_hand(model):
     train = {"WEIGHT_DECAY": 0.1, "OPTIMIZER.EPS": 1e-3, "OPTIMIZER.BETAS": (0.8, 0.95)}
     rates = [0.1, 0.05, 0.02]
-    optimizer = build_optimizer(config_of(**train), model, lambda step: rates[min(step, 2)])
-    updater = Updater(optimizer, optim.build_scaler(False, "float16"), NoEMA())
+    schedule = optim.build_schedule(lambda step: rates[min(step, 2)])
+    optimizer = build_optimizer(config_of(**train), model, schedule)
+    updater = Updater(optimizer, schedule, optim.build_scaler(False, "float16"), NoEMA(model))
     weights = {name: value.astype("float64") for name, value in numpy_of(model).items()}
     first, second = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
     for step, rate in enumerate(rates, 1):
@@ -154,7 +157,8 @@ def test_steps_are_adamws_by_hand(model):
 def test_gradients_are_clipped_by_their_global_norm(model, clip, scaled_by):
     # With so large an epsilon AdamW's first step is proportional to the gradient.
     train = {"GRAD_CLIP": clip, "WEIGHT_DECAY": 0.0, "OPTIMIZER.EPS": 1e3}
-    optimizer = build_optimizer(config_of(**train), model, lambda step: 1e3)
+    schedule = optim.build_schedule(lambda step: 1e3)
+    optimizer = build_optimizer(config_of(**train), model, schedule)
     before, gradients = numpy_of(model), random_gradients(model, 0)
     norm = math.sqrt(sum((g.astype("float64") ** 2).sum() for g in gradients.values()))
     gradients = {name: g * np.float32(10 / norm) for name, g in gradients.items()}
@@ -182,9 +186,9 @@ class Recorder:
 def test_an_update_unscales_steps_and_only_then_moves_average_rate_and_counter(found_inf):
     calls = []
     schedule = Recorder(calls, "rate.")
-    optimizer = Recorder(calls, "optimizer.", _learning_rate=schedule)
+    optimizer = Recorder(calls, "optimizer.")
     scaler = Recorder(calls, "scaler.", is_enable=lambda: True, _found_inf=found_inf)
-    updater = Updater(optimizer, scaler, Recorder(calls, "ema."))
+    updater = Updater(optimizer, schedule, scaler, Recorder(calls, "ema."))
     updater.step = 6
     updater.update()
     expected = [
@@ -219,8 +223,9 @@ def real_scaler(monkeypatch):
 def test_a_step_that_overflows_changes_nothing_and_the_next_one_counts(model, real_scaler):
     average = TwoLayers()
     ema = EMA(model, average, decay=0.5)
-    optimizer = build_optimizer(config_of(GRAD_CLIP=1.0), model, lambda step: 0.1 / (1 + step))
-    updater = Updater(optimizer, real_scaler, ema)
+    schedule = optim.build_schedule(lambda step: 0.1 / (1 + step))
+    optimizer = build_optimizer(config_of(GRAD_CLIP=1.0), model, schedule)
+    updater = Updater(optimizer, schedule, real_scaler, ema)
 
     def update(gradients):
         updater.scale(loss_with_gradients(model, gradients)).backward()
@@ -247,8 +252,9 @@ def test_loss_scaling_does_not_change_a_clipped_step(model, real_scaler):
     train = {"GRAD_CLIP": 0.5, "OPTIMIZER.EPS": 1e3}  # a large epsilon: the norm matters
     for scaler in (real_scaler, optim.build_scaler(False, "float16")):
         model.set_state_dict({name: paddle.to_tensor(value) for name, value in start.items()})
-        optimizer = build_optimizer(config_of(**train), model, lambda step: 1e3)
-        updater = Updater(optimizer, scaler, NoEMA())
+        schedule = optim.build_schedule(lambda step: 1e3)
+        optimizer = build_optimizer(config_of(**train), model, schedule)
+        updater = Updater(optimizer, schedule, scaler, NoEMA(model))
         loss = loss_with_gradients(model, random_gradients(model, 5))
         factor = 2**16 if scaler is real_scaler else 1
         assert updater.scale(loss).numpy().item() == pytest.approx(float(loss) * factor)
@@ -316,6 +322,9 @@ def test_the_average_visits_the_device_for_validation_only(model, monkeypatch, o
     assert places[-1] == home
 
 
-def test_no_ema_does_nothing():
-    assert NoEMA().average is None
-    assert NoEMA().update() is None
+def test_without_ema_the_average_is_the_model(model):
+    before = [param.numpy().copy() for param in model.parameters()]
+    ema = NoEMA(model)
+    ema.update()
+    assert ema.average is model
+    assert all((a == b.numpy()).all() for a, b in zip(before, model.parameters()))

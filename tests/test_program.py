@@ -133,7 +133,7 @@ def test_resume_auto_goes_on_in_the_same_folder_or_starts_fresh(few_digits, tmp_
     fresh = run_program(*args, opts={**SMALL, "TRAIN.NUM_EPOCHS": 1}).check()
     assert "starting fresh" in fresh.out
     again = run_program(*args, opts=SMALL).check()
-    assert "going on after epoch 1" in again.out
+    assert "going on with epoch 2" in again.out
     (folder,) = tmp_path.glob("train-*")
     assert (folder / "Epoch-2.pdparams").exists()
     assert (folder / "log.txt").read_text().count("parameters") == 2  # appended
@@ -143,7 +143,7 @@ def test_resume_auto_goes_on_in_the_same_folder_or_starts_fresh(few_digits, tmp_
         (folder / name).unlink()
         (folder / name).write_bytes(data[:-100])
     repeated = run_program(*args, opts=SMALL).check()
-    assert "passed over" in repeated.out and "going on after epoch 1" in repeated.out
+    assert "passed over" in repeated.out and "going on with epoch 2" in repeated.out
 
 
 def paddlevit_checkpoint(path, trained):
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_paddlevit_is_gone_on_from(trained, few_digits, tmp_path
         "-data_path", few_digits, "-output", tmp_path, "-resume", tmp_path / "vit.pdparams",
         opts=SMALL,
     ).check()  # fmt: skip
-    assert "going on after epoch 1" in result.out
+    assert "going on with epoch 2" in result.out
     assert "no optimizer state that can be matched" in result.out
     assert "no averaged weights" in result.out
     assert "epoch 2/2" in result.out and "epoch 1/2" not in result.out
@@ -198,7 +198,7 @@ def test_weights_of_another_model_are_refused_with_both_shapes(trained, few_digi
         "-data_path", few_digits, "-output", tmp_path, "-nprocs", 2, "-eval", "-pretrained",
         trained / "best_weights.pdparams",
     )  # fmt: skip
-    result.refused(2, "patch_embed.patch_embed.weight", "[16, 3, 7, 7]", "[64, 3, 4, 4]")
+    result.refused(2, "patch_embed.patch_embed.weight", "[16, 3, 7, 7]", "[96, 3, 7, 7]")
     assert result.err.count("these are not this model's weights") == 1  # not once a rank
 
 
@@ -251,10 +251,12 @@ def test_no_arguments_print_the_usage():
         (["-data_path", "/nowhere"], ["/nowhere/val_list.txt", "cannot read"]),
         (["-dataset", "cifar10"], ["DATA.DATASET", "imagenet2012", "train_list.txt"]),
         (["-eval", "-pretrained", "/nowhere.pdparams"], ["/nowhere.pdparams"]),
+        (["-eval"], ["-eval needs -pretrained"]),
+        (["-eval", "-resume", "auto"], ["-pretrained", "-resume"]),
         (["-resume", "/nowhere.pdparams"], ["/nowhere.pdparams"]),
         (["-batch_size", "0"], ["DATA.BATCH_SIZE", "at least 1"]),
         (["-batch_size", "5000"], ["train_list.txt", "smaller -batch_size"]),
-        (["-image_size", "30"], ["DATA.IMAGE_SIZE 30", "PATCH_SIZE 4"]),
+        (["-image_size", "30"], ["DATA.IMAGE_SIZE 30", "PATCH_SIZE 7"]),
         (["-nprocs", "0"], ["-nprocs"]),
         (["-num_classes", "3"], ["_list.txt:", "not in 0..2"]),
         (["-opts", "TRAIN.BASELR", "1"], ["TRAIN.BASELR", "TRAIN.BASE_LR"]),
@@ -267,7 +269,7 @@ def test_what_is_asked_wrongly_is_one_sentence_and_status_2(args, parts, few_dig
     result.refused(2, *parts)
 
 
-def test_an_unreadable_image_ends_the_run_with_its_list_line(digits, tmp_path):
+def test_an_unreadable_image_ends_the_run_with_its_list_line(trained, digits, tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     (tmp_path / "val").symlink_to(digits / "val")
     first, *_ = (digits / "val_list.txt").read_text().splitlines()
@@ -275,7 +277,7 @@ def test_an_unreadable_image_ends_the_run_with_its_list_line(digits, tmp_path):
     for workers in (0, 1):
         result = run_program(
             "-data_path", tmp_path, "-output", tmp_path / "out", "-eval", "-nprocs", 2,
-            "-num_workers", workers,
+            "-num_workers", workers, "-pretrained", trained / "best_weights.pdparams", opts=SMALL,
         )  # fmt: skip
         result.refused(1, "val_list.txt:2", "a.png")
 

