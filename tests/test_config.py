@@ -226,7 +226,7 @@ def test_the_papers_configs_hold_its_recipe_exactly(size, dim, drop_path):
 
 def test_the_digits_config_loads_and_makes_a_model():
     config = get_config(ROOT / "configs" / "gmlp_digits.yaml")
-    assert build_gmlp(config).head.weight.shape == [64, 10]
+    assert build_gmlp(config).head.weight.shape == [96, 10]
 
 
 def test_a_dumped_config_loads_as_the_same_config(tmp_path):
