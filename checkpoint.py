@@ -5,6 +5,7 @@ lr_scheduler, amp_grad_scaler) plus what an exact resume needs (step, best, run)
 and written by pdparams.py.
 """
 
+import contextlib
 import glob
 import os
 import re
@@ -16,7 +17,6 @@ import paddle
 import pdparams
 from pdparams import WeightsError
 
-_COUNTERS = ("epoch", "step")
 _HEAD = ("head.weight", "head.bias")
 
 
@@ -59,22 +59,61 @@ def read(path, require_checksum=False):
     if "model" not in tree:
         return {"model": weights_of(tree, path)}
     weights_of({"model": tree["model"]}, path)
-    run, best = tree.get("run", {}), tree.get("best", {})
-    sound = (
-        all(isinstance(tree.get(key, 0), int) and tree.get(key, 0) >= 0 for key in _COUNTERS)
-        and isinstance(run, dict)
-        and isinstance(best, dict)
-        and all(isinstance(value, (int, float)) for value in best.values())
-    )
-    if not sound:
+    if tree.get("model_ema"):
+        weights_of({"model": tree["model_ema"]}, path)
+    wrong = [key for key in ("epoch", "step") if not _is_count(tree.get(key, 0))]
+    wrong += [key for key in ("run", "amp_grad_scaler") if not isinstance(tree.get(key, {}), dict)]
+    wrong += ["best"] if not _is_best(tree.get("best", {})) else []
+    if wrong:
         raise WeightsError(
-            f"{path}: its epoch, step, best score or run are not what they should be"
+            f"{path}: {' and '.join(wrong)} in it cannot be: take another checkpoint"
         )
     return tree
 
 
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+def _is_best(value):
+    if not isinstance(value, dict):
+        return False
+    acc1 = value.get("acc1", 0.0)
+    return not value or (isinstance(acc1, (int, float)) and _is_count(value.get("epoch")))
+
+
+def check_weights(model, weights, path, allow_new_head=False):
+    """Raises NotThisModel, with the first few differences, where weights do not fit a model.
+
+    Returns:
+        Whether the head has another number of classes and is allowed to.
+    """
+    wanted = {name: list(param.shape) for name, param in model.state_dict().items()}
+    found = {name: list(array.shape) for name, array in weights.items()}
+    new_head = allow_new_head and any(found.get(name) != wanted[name] for name in _HEAD)
+    ignored = _HEAD if new_head else ()
+    differences = [
+        f"{name} is {found.get(name, 'not there')}, wanted {wanted.get(name, 'nothing')}"
+        for name in (*wanted, *(name for name in found if name not in wanted))
+        if name not in ignored and found.get(name) != wanted.get(name)
+    ]
+    differences += [
+        f"{name} is of {array.dtype}, wanted floating-point numbers"
+        for name, array in weights.items()
+        if array.dtype.kind != "f"
+    ]
+    if differences:
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise NotThisModel(
+            f"{path}: these are not this model's weights (wrong -cfg?): "
+            + "; ".join(differences[:4])
+            + more
+        )
+    return new_head
+
+
 def assign_weights(model, weights, path, allow_new_head=False):
-    """Copies weights into a model, all or none.
+    """Copies weights into a model, all or none; float16 and float64 ones are cast.
 
     Args:
         model: the model.
@@ -86,27 +125,13 @@ def assign_weights(model, weights, path, allow_new_head=False):
         Whether the head was left as it is.
 
     Raises:
-        NotThisModel: names or shapes differ; lists the first few with both shapes.
+        NotThisModel: names, shapes or types differ; lists the first few with both shapes.
     """
-    wanted = {name: list(param.shape) for name, param in model.state_dict().items()}
-    found = {name: list(array.shape) for name, array in weights.items()}
-    new_head = allow_new_head and any(found.get(name) != wanted[name] for name in _HEAD)
-    ignored = _HEAD if new_head else ()
-    differences = [
-        f"{name} is {found.get(name, 'not there')}, wanted {wanted.get(name, 'nothing')}"
-        for name in (*wanted, *(name for name in found if name not in wanted))
-        if name not in ignored and found.get(name) != wanted.get(name)
-    ]
-    if differences:
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise NotThisModel(
-            f"{path}: these are not this model's weights (wrong -cfg?): "
-            + "; ".join(differences[:4])
-            + more
-        )
-    state = {k: v for k, v in weights.items() if k not in ignored}
-    if new_head:
-        state.update({name: model.state_dict()[name] for name in _HEAD})
+    new_head = check_weights(model, weights, path, allow_new_head)
+    state = {}
+    for name, param in model.state_dict().items():
+        keep = new_head and name in _HEAD
+        state[name] = param if keep else paddle.to_tensor(weights[name]).astype(param.dtype)
     model.set_state_dict(state)
     return new_head
 
@@ -161,6 +186,8 @@ def save(folder, names, tree):
 def _link(source, target):
     """A second name for a file that is never changed in place; a copy where links are refused."""
     temporary = f"{target}.tmp-{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)  # of a killed process with this number: may be a link to a checkpoint
     try:
         os.link(source, temporary)
     except OSError:
@@ -171,5 +198,9 @@ def _link(source, target):
 def candidates(save_folder):
     """The training checkpoints of all runs in a folder, newest first."""
     pattern = os.path.join(glob.escape(save_folder), "train-*", "*.pdparams")
-    paths = [p for p in glob.glob(pattern) if os.path.basename(p) != "best_weights.pdparams"]
-    return sorted(paths, key=lambda path: (os.path.getmtime(path), path), reverse=True)
+    ages = {}
+    for path in glob.glob(pattern):
+        if os.path.basename(path) != "best_weights.pdparams":
+            with contextlib.suppress(OSError):  # a dangling link
+                ages[path] = os.path.getmtime(path)
+    return sorted(ages, key=lambda path: (ages[path], path), reverse=True)

@@ -16,6 +16,8 @@ from launch import die_with_parent
 from transforms import build_transform
 
 _LINE_LIMIT = 5000  # bytes; a path has at most 4096
+# What a draw is for, first in its seed: NumPy takes [0, 1] and [0, 1, 0] for the same seed.
+_ORDER_STREAM, _IMAGE_STREAM = 1, 2  # engine.py has 3
 _PREFETCH = 2  # batches that each loader worker works ahead
 
 
@@ -48,7 +50,7 @@ class ImageList:
         paths, ends, labels = bytearray(), array("q"), array("i")
         for number, line in self._lines():
             parts = line.rsplit(None, 1)
-            if len(parts) < 2 or not parts[1].isdigit():
+            if len(parts) < 2 or not parts[1].lstrip(b"+-").isdigit():
                 raise DataError(
                     f"{self.path}:{number}: {_show(line)} has no label; "
                     "a line is a path, white space and an integer"
@@ -56,7 +58,7 @@ class ImageList:
             if not _is_utf8(parts[0]):
                 raise DataError(f"{self.path}:{number}: this line is not UTF-8 text")
             # Ten digits exceed any number of classes; int() of thousands would take its time.
-            label = int(parts[1]) if len(parts[1]) <= 10 else num_classes
+            label = int(parts[1]) if len(parts[1]) <= 10 and parts[1].isdigit() else num_classes
             if label >= num_classes:
                 raise DataError(
                     f"{self.path}:{number}: label {_show(parts[1])} is not in 0..{num_classes - 1} "
@@ -128,7 +130,7 @@ class ImageDataset(paddle.io.Dataset):
     def __getitem__(self, key):
         """(uint8 [H, W, 3], int label); raises DataError for an image that cannot be read."""
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([_IMAGE_STREAM, self.seed, epoch, index])
         pixels = self.transform(self._read(index), rng)
         return pixels, int(self.images.labels[index])
 
@@ -185,7 +187,8 @@ class TrainSampler(paddle.io.BatchSampler):
         return batches_per_epoch(self.num_images, self.batch_size, self.ranks) - self.first_batch
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
+        rng = np.random.default_rng([_ORDER_STREAM, self.seed, self.epoch])
+        order = rng.permutation(self.num_images)
         for batch in range(self.first_batch, self.first_batch + len(self)):
             start = (batch * self.ranks + self.rank) * self.batch_size
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
@@ -243,8 +246,18 @@ def _collate(samples):
 
 
 def _unpack(loader):
-    """The batches of a loader; raises DataError where a batch is an error."""
-    for images, labels in loader:
+    """The batches of a loader; raises DataError where a batch is an error or a worker died."""
+    batches = iter(loader)
+    while True:
+        try:
+            images, labels = next(batches)
+        except StopIteration:
+            return
+        except (SystemError, RuntimeError) as error:  # Paddle's, for a worker that was killed
+            raise DataError(
+                "a loader worker died; where the system ended it for want of memory, take fewer "
+                f"-num_workers ({_cause(error)})"
+            ) from error
         if images.ndim == 1:
             raise DataError(bytes(labels.numpy()).decode())
         yield images, labels

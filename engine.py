@@ -11,6 +11,8 @@ from paddle.nn import functional as F
 
 from utils import MeanMeter, all_reduce_sum, meet
 
+_BATCH_STREAM = 3  # what the draw is for; datasets.py has 1 and 2
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss is infinite or not a number: going on would only spoil the weights."""
@@ -86,7 +88,7 @@ def _train_batch(training, images, labels, epoch, batch, total):
     first_of_group = batch - batch % training.accum_iter
     group_size = min(training.accum_iter, total - first_of_group)
     last_of_group = batch + 1 == first_of_group + group_size
-    rng = np.random.default_rng([training.seed, epoch, batch, training.rank])
+    rng = np.random.default_rng([_BATCH_STREAM, training.seed, epoch, batch, training.rank])
     paddle.seed(int(rng.integers(2**31)))  # dropout, drop path and erasing draw on the device
     images, targets = training.batch_transform(images, labels, rng)
     # Ranks exchange gradients once a step, not once a batch.

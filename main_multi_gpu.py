@@ -13,8 +13,11 @@ import os
 import sys
 import warnings
 
-import launch
-from config import get_config, update_config
+try:
+    import launch
+    from config import get_config, update_config
+except ModuleNotFoundError as error:
+    sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
 # Paddle is imported in run(), after the number of threads is set and only in the processes that
 # compute: -h and a wrong flag answer at once.

@@ -155,6 +155,10 @@ class EMA:
         self.place = "cpu" if on_cpu else paddle.get_device()
         average.set_state_dict(model.state_dict())
         average.to(device=self.place)
+        # As a Tensor beside the average: a number would be copied to the GPU at every call.
+        self.weight = paddle.to_tensor(
+            1.0 - decay, dtype="float32", place=average.parameters()[0].place
+        )
         average.eval()
         for param in average.parameters():
             param.stop_gradient = True
@@ -164,7 +168,7 @@ class EMA:
         for mean, param in zip(self.average.parameters(), self.model.parameters()):
             if mean.place != param.place:
                 param = param.to(mean.place)
-            mean.lerp_(param, 1.0 - self.decay)
+            mean.lerp_(param, self.weight)
 
     @contextlib.contextmanager
     def on_device(self):

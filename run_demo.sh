@@ -20,7 +20,7 @@ if [ "$("$PYTHON" -c 'import launch; print(launch.count_gpus())')" = 0 ]; then
     NPROCS=2
     export NPROCS
 fi
-sh run_train_multi.sh "$@"
+PRETRAINED= sh run_train_multi.sh "$@"
 
 PRETRAINED=$(echo "$OUTPUT"/train-*)/best.pdparams
 export PRETRAINED

@@ -21,7 +21,13 @@ fi
 
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}
 export CUDA_VISIBLE_DEVICES
-exec "${PYTHON:-python}" "$here/main_multi_gpu.py" \
+if [ -z "${PYTHON:-}" ]; then  # the environment of run_demo.sh and run_tests.sh, or the active one
+    PYTHON=python
+    command -v python >/dev/null 2>&1 || PYTHON=python3
+    "$PYTHON" -c "import importlib.util as i; exit(not i.find_spec('paddle'))" 2>/dev/null ||
+        [ ! -x "$here/.venv/bin/python" ] || PYTHON=$here/.venv/bin/python
+fi
+exec "$PYTHON" "$here/main_multi_gpu.py" \
     -cfg="${CFG:-$here/configs/gmlp_s16_224.yaml}" \
     -dataset="${DATASET:-imagenet2012}" \
     -batch_size="${BATCH_SIZE:-256}" \

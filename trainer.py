@@ -1,6 +1,7 @@
 """The training program of one rank: the parts that only training has, and the epochs."""
 
 import contextlib
+import os
 import time
 
 import numpy as np
@@ -29,8 +30,10 @@ class Trainer:
                 f"one batch of {data.BATCH_SIZE} for each of {worker.world_size} rank(s): "
                 "take a smaller -batch_size"
             )
-        self.steps_per_epoch = -(-self.batches // train.ACCUM_ITER)
-        images_per_step = data.BATCH_SIZE * train.ACCUM_ITER * worker.world_size
+        # A step sees no more batches than an epoch has.
+        self.accum_iter = min(train.ACCUM_ITER, self.batches)
+        self.steps_per_epoch = -(-self.batches // self.accum_iter)
+        images_per_step = data.BATCH_SIZE * self.accum_iter * worker.world_size
         self.learning_rates = optim.scaled_learning_rates(train, images_per_step)
         learning_rate = optim.warmup_cosine(
             *self.learning_rates,
@@ -80,7 +83,7 @@ class Trainer:
             batch_transform=build_batch_transform(self.config, train=True),
             autocast=self.worker.autocast,
             no_sync=no_sync,
-            accum_iter=self.config.TRAIN.ACCUM_ITER,
+            accum_iter=self.accum_iter,
             seed=self.config.SEED,
             rank=self.worker.rank,
             report_freq=self.config.REPORT_FREQ,
@@ -90,15 +93,23 @@ class Trainer:
     def _log_plan(self, images_per_step):
         train, log = self.config.TRAIN, self.worker.log
         start, base, end = self.learning_rates
+        total_steps = self.steps_per_epoch * train.NUM_EPOCHS
         log.info(
             f"{len(self.worker.train_data):,} training and {len(self.worker.val_data):,} "
             f"validation images; {images_per_step} images per step, {self.steps_per_epoch} steps "
-            f"per epoch, {self.steps_per_epoch * train.NUM_EPOCHS} steps in all"
+            f"per epoch, {total_steps} steps in all"
         )
         log.info(
             f"learning rate {start:g} to {base:g} in "
             f"{optim.warmup_steps(train, self.steps_per_epoch)} steps, then to {end:g}"
         )
+        if self.accum_iter < train.ACCUM_ITER:
+            log.warning(f"TRAIN.ACCUM_ITER: an epoch has only {self.batches} batches, taking those")
+        if optim.warmup_steps(train, self.steps_per_epoch) > total_steps:
+            log.warning(
+                f"warm-up is longer than the whole run of {total_steps} steps: the learning rate "
+                "will not reach its peak (TRAIN.WARMUP_STEPS, TRAIN.WARMUP_EPOCHS)"
+            )
 
     def run(self):
         """Trains the remaining epochs, with validation and checkpoints between them."""
@@ -176,6 +187,10 @@ class Trainer:
         scores = self.worker.validate(model, f"validate {weights}")
         self.worker.log.info(f"epoch {epoch} {weights}: {describe_scores(scores)}")
         self.worker.metrics.write(kind="eval", epoch=epoch, weights=weights, **scores)
+        if not np.isfinite(scores["loss"]):
+            raise engine.NonFiniteLoss(
+                f"the validation loss is {scores['loss']} after epoch {epoch}: it is not saved"
+            )
         return scores
 
     def _save(self, epoch, keep, best):
@@ -186,12 +201,14 @@ class Trainer:
 
     def _write(self, epoch, keep, best):
         folder = self.worker.folder
-        names = ["last.pdparams"]
+        # In this order: a kill in between must not leave a `last` that knows of a better score
+        # than the files of the best model have.
+        names = ["best.pdparams"] if best else []
         names += [f"Epoch-{epoch}.pdparams"] if keep else []
-        names += ["best.pdparams"] if best else []
-        checkpoint.save(folder, names, self._state(epoch))
+        names += ["last.pdparams"]
         if best:
             checkpoint.save(folder, ["best_weights.pdparams"], self.ema.average.state_dict())
+        checkpoint.save(folder, names, self._state(epoch))
         self.worker.log.info(f"saved {', '.join(names)}")
 
     def _state(self, epoch):
@@ -204,7 +221,11 @@ class Trainer:
             "amp_grad_scaler": self.scaler.state_dict(),
             "step": self.updater.step,
             "best": self.best,
-            "run": {"model_name": self.config.MODEL.NAME, "world_size": self.worker.world_size},
+            "run": {
+                "model_name": self.config.MODEL.NAME,
+                "world_size": self.worker.world_size,
+                "steps_per_epoch": self.steps_per_epoch,
+            },
         }
         if self.config.TRAIN.MODEL_EMA:
             state["model_ema"] = self.ema.average.state_dict()
@@ -215,8 +236,16 @@ class Trainer:
         log = self.worker.log
         if "epoch" in state:
             self.first_epoch = state["epoch"] + 1
-            self.updater.move_to(state.get("step", state["epoch"] * self.steps_per_epoch))
-            self.best = state.get("best", self.best)
+            if state.get("run", {}).get("steps_per_epoch") == self.steps_per_epoch:
+                self.updater.move_to(state.get("step", state["epoch"] * self.steps_per_epoch))
+            else:
+                self.updater.move_to(state["epoch"] * self.steps_per_epoch)
+                log.warning(
+                    f"{path} was made with other steps per epoch (batch, ranks or accumulation): "
+                    "going on at the same epoch, not bit for bit"
+                )
+            if os.path.dirname(path) == self.worker.folder:  # where the best model's files are
+                self.best = state.get("best") or self.best
         else:
             log.warning(f"{path} has no epoch: starting at {self.first_epoch} with its weights")
         if not checkpoint.restore_optimizer(

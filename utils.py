@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -23,7 +24,9 @@ def init_distributed():
     ranks = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
     backend = os.environ.get("PADDLE_DISTRI_BACKEND")
     if backend != "gloo" and paddle.device.cuda.device_count() > 0:
-        paddle.set_device(f"gpu:{os.environ.get('FLAGS_selected_gpus', '0')}")
+        # Paddle's launcher names all GPUs to a single rank; as Paddle does, take the first.
+        device = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0]
+        paddle.set_device(f"gpu:{device}")
     else:
         paddle.set_device("cpu")
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
@@ -104,6 +107,14 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
+def to_json(row, **kwargs):
+    """A flat dict as JSON; numbers that are not finite, which JSON has not, become null."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(finite, **kwargs)
+
+
 class MetricsFile:
     """Appends one JSON object per row to `metrics.jsonl`; does nothing on other ranks than 0."""
 
@@ -113,9 +124,7 @@ class MetricsFile:
     def write(self, **row):
         if self.path:
             with open(self.path, "a") as file:
-                file.write(
-                    json.dumps({"time": round(time.time(), 3), **row}, allow_nan=False) + "\n"
-                )
+                file.write(to_json({"time": round(time.time(), 3), **row}) + "\n")
 
 
 class MeanMeter:

@@ -1,6 +1,5 @@
 """One rank of a run: builds the parts from the config and runs the loops."""
 
-import json
 import os
 import time
 
@@ -56,7 +55,8 @@ class Worker:
         self.metrics = utils.MetricsFile(self.folder, self.rank)
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         if config.AMP and not self.amp:
-            self.warnings.append("-amp: this is a CPU, where Paddle has no AMP: running float32")
+            device = f"GPU without {config.AMP_DTYPE}" if self.on_gpu else "CPU, without AMP"
+            self.warnings.append(f"-amp: this is a {device}: running float32")
         self._log_start()
 
     def _load_start(self):
@@ -83,12 +83,14 @@ class Worker:
         for path in checkpoint.candidates(self.config.SAVE) if self.rank == 0 else ():
             try:
                 state = checkpoint.read(path, require_checksum=True)
+                checkpoint.check_weights(self.model, state["model"], path)
             except WeightsError as error:
                 self.warnings.append(f"-resume auto: passed over {error}")
                 continue
             if state.get("run", {}).get("model_name") == self.config.MODEL.NAME:
                 found = path
                 break
+        utils.meet()  # reading large files may have taken rank 0 long
         return utils.broadcast_object(found)
 
     def _load_pretrained(self):
@@ -120,7 +122,12 @@ class Worker:
 
     @property
     def amp(self):
-        return self.config.AMP and self.on_gpu
+        """Whether the model runs in mixed precision: asked for, and the device can."""
+        supported = {
+            "float16": paddle.amp.is_float16_supported,
+            "bfloat16": paddle.amp.is_bfloat16_supported,
+        }
+        return self.config.AMP and self.on_gpu and supported[self.config.AMP_DTYPE]()
 
     @property
     def on_gpu(self):
@@ -170,8 +177,7 @@ def evaluate(worker):
     worker.metrics.write(kind="eval", **result)
     if worker.rank == 0:
         with open(os.path.join(worker.folder, "eval.json"), "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+            file.write(utils.to_json(result, indent=2) + "\n")
     worker.log.info(f"outputs in {worker.folder}")
 
 

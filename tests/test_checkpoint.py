@@ -69,6 +69,50 @@ def test_wrong_weights_change_nothing_and_are_listed_with_both_shapes(tmp_path):
     assert all((model.state_dict()[k].numpy() == v).all() for k, v in before.items())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_weights_of_another_precision_are_cast(dtype):
+    model = make_model()
+    weights = {name: value.astype(dtype) for name, value in make_weights(model).items()}
+    checkpoint.assign_weights(model, weights, "w")
+    assert is_filled(model) and model.head.weight.dtype == paddle.float32
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint16", "bool"])
+def test_weights_that_are_no_floats_are_refused(dtype):
+    model = make_model()
+    weights = make_weights(model)
+    weights["norm.bias"] = weights["norm.bias"].astype(dtype)
+    with pytest.raises(checkpoint.NotThisModel, match=rf"norm\.bias is of {dtype}"):
+        checkpoint.assign_weights(model, weights, "w")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epoch": "3"}, {"epoch": -1}, {"epoch": True}, {"step": 1.5}, {"run": 3},
+        {"best": {"acc1": 3.0}}, {"best": {"acc1": "x", "epoch": 1}}, {"best": [1]},
+        {"amp_grad_scaler": 3}, {"model_ema": [1]}, {"model_ema": {"a": 3}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_whose_numbers_cannot_be_is_refused(wrong, tmp_path):
+    path = tmp_path / "x.pdparams"
+    good = {"model": make_weights(make_model()), "epoch": 1, "step": 2}
+    pdparams.write(path, good)
+    assert checkpoint.read(path)["step"] == 2
+    pdparams.write(path, {**good, **wrong})
+    with pytest.raises(checkpoint.WeightsError, match=r"x\.pdparams"):
+        checkpoint.read(path)
+
+
+def test_a_stale_temporary_link_does_not_reach_an_old_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, ["Epoch-1.pdparams"], {"epoch": 1})
+    os.link(tmp_path / "Epoch-1.pdparams", tmp_path / f"best.pdparams.tmp-{os.getpid()}")
+    checkpoint.save(tmp_path, ["Epoch-2.pdparams", "best.pdparams"], {"epoch": 2})
+    assert pdparams.read(tmp_path / "Epoch-1.pdparams", require_checksum=True)["epoch"] == 1
+    assert pdparams.read(tmp_path / "best.pdparams", require_checksum=True)["epoch"] == 2
+
+
 def test_a_new_head_is_only_made_where_it_is_allowed(tmp_path):
     weights = make_weights(make_model(NUM_CLASSES=7))
     model = make_model()

@@ -108,7 +108,7 @@ def test_lines_are_read_however_they_were_written(tmp_path, content, expected):
         (b"a.JPEG 0\n5\n", 2, "'5' has no label"),
         (b"a.JPEG one\n", 1, "no label"),
         (b"a.JPEG 1.5\n", 1, "no label"),
-        (b"a.JPEG -1\n", 1, "no label"),
+        (b"a.JPEG -1\n", 1, "not in 0..9"),
         ("a.JPEG ²\n".encode(), 1, "no label"),
         (b"a.JPEG 0\r\nb.JPEG 10\r\n", 2, "label '10' is not in 0..9"),
         (b"a.JPEG " + b"9" * 500, 1, "is not in 0..9 (MODEL.NUM_CLASSES is 10)"),

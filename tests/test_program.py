@@ -146,6 +146,57 @@ def test_resume_auto_goes_on_in_the_same_folder_or_starts_fresh(few_digits, tmp_
     assert "passed over" in repeated.out and "going on with epoch 2" in repeated.out
 
 
+def test_two_ranks_that_accumulate_do_what_one_rank_does(few_digits, tmp_path):
+    plain = {
+        **SMALL, "TRAIN.NUM_EPOCHS": 1, "MODEL.DROPOUT": 0.0, "MODEL.DROPPATH": 0.0,
+        "TRAIN.RAND_AUGMENT": False, "TRAIN.MIXUP_PROB": 0.0, "TRAIN.RANDOM_ERASE_PROB": 0.0,
+        # Adam divides by the gradient's size: without a large epsilon rounding decides its signs.
+        "TRAIN.OPTIMIZER.EPS": 1.0,
+    }  # fmt: skip
+    weights = []
+    for ranks, batch in ((1, 20), (2, 10)):
+        output = tmp_path / str(ranks)
+        run_program(
+            "-data_path", few_digits, "-output", output, "-nprocs", ranks, "-batch_size", batch,
+            opts={**plain, "DATA.BATCH_SIZE": batch},
+        ).check()  # fmt: skip
+        (path,) = output.glob("train-*/last.pdparams")
+        weights.append(pdparams.read(path)["model"])
+    one, two = weights
+    assert max(np.abs(one[name] - two[name]).max() for name in one) < 1e-6
+
+
+def test_another_batch_size_goes_on_at_the_same_epoch_with_a_warning(trained, few_digits, tmp_path):
+    result = run_program(
+        "-data_path", few_digits, "-output", tmp_path,
+        "-resume", trained / "Epoch-1.pdparams", opts={**SMALL, "DATA.BATCH_SIZE": 50},
+    ).check()  # fmt: skip
+    assert "other steps per epoch" in result.out
+    (folder,) = tmp_path.glob("train-*")
+    # 203 images in batches of 50 are 4 batches and, 3 accumulated, 2 steps an epoch.
+    assert [row["step"] for row in metrics(folder, "train")] == [4]
+    assert (folder / "best_weights.pdparams").exists()
+
+
+def test_resume_auto_passes_over_a_model_of_another_size(trained, few_digits, tmp_path):
+    (tmp_path / "train-other").mkdir()
+    (tmp_path / "train-other" / "last.pdparams").symlink_to(trained / "last.pdparams")
+    (tmp_path / "train-other" / "gone.pdparams").symlink_to("/nowhere")
+    result = run_program(
+        "-data_path", few_digits, "-output", tmp_path, "-resume", "auto", "-num_classes", 11,
+        opts={**SMALL, "TRAIN.NUM_EPOCHS": 1},
+    ).check()  # fmt: skip
+    assert "passed over" in result.out and "starting fresh" in result.out
+
+
+def test_evaluation_of_weights_with_a_nan_says_so(trained, few_digits, tmp_path):
+    weights = {**pdparams.read(trained / "best_weights.pdparams")}
+    weights["norm.weight"] = np.full(16, np.nan, "float32")
+    pdparams.write(tmp_path / "nan.pdparams", weights)
+    scores, result = evaluate(few_digits, tmp_path, tmp_path / "nan.pdparams")
+    assert scores["acc1"] == 0 and scores["loss"] is None and "loss nan" in result.out
+
+
 def paddlevit_checkpoint(path, trained):
     """A checkpoint as PaddleViT writes it, with Paddle's own names in the optimizer state."""
     model = build_gmlp(get_config(trained / "config.yaml"))

@@ -48,16 +48,22 @@ install_paddle() {  # install_paddle PYTHON
 }
 
 make_venv() {  # make_venv BASE_PYTHON FOLDER REQUIREMENTS: fills FOLDER, which may be half done
-    if ! "$1" -m venv "$2"; then
+    system=
+    if has_modules "$1" paddle; then
+        system=--system-site-packages  # keeps the active Python's Paddle; only the rest is installed
+    fi
+    if ! "$1" -m venv $system "$2"; then
         echo "$0: cannot make a virtual environment in $2 (on Debian and Ubuntu: install the package" \
             "python3-venv; in a folder without write permission: set VENV)" >&2
         return 1
     fi
-    echo "$0: installing Paddle $PADDLE_VERSION and $(basename "$3") into $2; this takes minutes" >&2
+    echo "$0: installing what is missing of Paddle $PADDLE_VERSION and $(basename "$3") into $2;" \
+        "this takes minutes" >&2
     PIP_DISABLE_PIP_VERSION_CHECK=1
     PIP_PROGRESS_BAR=off
     export PIP_DISABLE_PIP_VERSION_CHECK PIP_PROGRESS_BAR
-    install_paddle "$2/bin/python" >&2 && "$2/bin/python" -m pip install -r "$3" >&2
+    has_modules "$2/bin/python" paddle || install_paddle "$2/bin/python" >&2 || return 1
+    "$2/bin/python" -m pip install -r "$3" >&2
 }
 
 setup_env() {  # setup_env REQUIREMENTS MODULE...
