@@ -4,7 +4,9 @@ A data set is a folder with `train_list.txt` and `val_list.txt`; each line is an
 relative to the folder, white space, and an integer label.
 """
 
+import functools
 import os
+import signal
 import traceback
 from array import array
 
@@ -281,18 +283,21 @@ def build_loader(dataset, sampler, num_workers, ranks_on_host=1):
         image_bytes = 3 * dataset.transform.image_size**2
         batches = num_workers * (_PREFETCH + 1) * ranks_on_host
         require_shared_memory(batches * sampler.batch_size * image_bytes)
-    parent = os.getpid()
     loader = paddle.io.DataLoader(
         _Fetch(dataset),
         batch_sampler=sampler,
         collate_fn=_collate,
         num_workers=num_workers,
-        # Paddle's workers wait for work without looking whether their parent still lives.
-        worker_init_fn=lambda worker_id: die_with_parent(parent),
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
         prefetch_factor=_PREFETCH,
         use_shared_memory=num_workers > 0,
     )
     return _unpack(loader)
+
+
+def _start_worker(parent, worker_id):
+    # Paddle's workers wait for work without looking whether their parent still lives.
+    die_with_parent(parent, signal.SIGKILL)
 
 
 def require_shared_memory(num_bytes, folder="/dev/shm"):

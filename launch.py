@@ -145,7 +145,7 @@ def run(ranks, gpus, command):
     return code if code > 0 else 128 - code
 
 
-def die_with_parent(parent, number=signal.SIGKILL):
+def die_with_parent(parent, number):
     """Has the kernel send this process a signal when its parent ends (on Linux).
 
     Args:
@@ -200,8 +200,9 @@ def _start_rank(rank, env, command, writer):
     parent = os.getpid()
 
     def prepare():  # runs in the child
-        # Ctrl-C reaches the whole group: the launcher answers it for all, once.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Out of the terminal's group: the launcher alone gets Ctrl-C, and tells each rank once,
+        # which then ends its loader workers in good order.
+        os.setpgid(0, 0)
         die_with_parent(parent, signal.SIGTERM)
 
     env[_ERROR_PIPE] = str(writer)

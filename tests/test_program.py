@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -351,12 +352,20 @@ def start_program(data, output, *args, **popen):
     return subprocess.Popen([str(word) for word in command], env=env, **popen)
 
 
-def group_exists(group):
+def batches_in_shared_memory():
+    return {name for name in os.listdir("/dev/shm") if name.startswith("paddle_")}
+
+
+def session_of(pid):
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[3])
+    except (OSError, ValueError):
+        return None
+
+
+def session_exists(session):
+    """Whether any process is left in a session, in whatever group."""
+    return any(session_of(name) == session for name in os.listdir("/proc") if name.isdigit())
 
 
 def wait_for(condition, process=None):
@@ -371,16 +380,18 @@ def wait_for(condition, process=None):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_every_process(ranks, number, status, few_digits, tmp_path):
+    before = batches_in_shared_memory()
     process = start_program(
-        few_digits, tmp_path, "-nprocs", ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
+        few_digits, tmp_path, "-nprocs", ranks, "-num_workers", 2, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: list(tmp_path.glob("train-*/Epoch-1.pdparams")), process)
     os.killpg(process.pid, number)  # as a terminal does
     out, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == status
     assert "Traceback" not in out
-    wait_for(lambda: not group_exists(process.pid))
+    wait_for(lambda: not session_exists(process.pid))
+    assert batches_in_shared_memory() <= before
 
 
 def test_a_terminal_shows_a_progress_bar(few_digits, tmp_path):
