@@ -104,8 +104,11 @@ def run(config):
     try:
         program()
     except worker.RUN_ERRORS as error:
-        parts.log.error(error)
-        launch.report_error(str(error))
+        # An OSError without a file name is one of pdparams.write's, with the sentence in strerror.
+        bare = isinstance(error, OSError) and error.strerror and not error.filename
+        message = error.strerror if bare else str(error)
+        parts.log.error(message)
+        launch.report_error(message)
         return 1
     return 0
 
