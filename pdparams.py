@@ -23,9 +23,13 @@ from contextlib import suppress
 import numpy as np
 
 # An S/16 training checkpoint with EMA takes 72,000 opcodes; of those that a hostile file would
-# choose, half a million take about two seconds.
-_MAX_ITEMS = 500_000
+# choose, 300,000 take more than a second.
+_MAX_ITEMS = 300_000
+_OPCODES_OF_TENSOR = 40  # at most, with its name: `write` makes no file that is too much for `read`
 _MAX_DEPTH = 32
+_MAX_SIZE = 4 << 30  # a B/16 training checkpoint with EMA takes 1.2 GB; a file with holes, nothing
+_MAX_HEADER = 4 << 20  # of a .safetensors; S/16's takes 30 KB, one of 100 MB twenty seconds
+_MAX_NAME = 1000  # of a dict's key, and of a global
 
 _TRAILER = b"\x00gMLP SHA-256 1\n"  # then the digest of every byte before this marker
 _TRAILER_SIZE = len(_TRAILER) + hashlib.sha256().digest_size
@@ -76,6 +80,7 @@ def read(path, require_checksum=False):
             anything that weights do not need.
     """
     path = os.fspath(path)
+    shown = _shown_path(path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -84,12 +89,14 @@ def read(path, require_checksum=False):
         with open(path, "rb") as file:
             return _parse(file, _size_without_trailer(file, require_checksum), path)
     except WeightsError as error:
-        raise WeightsError(f"{path} {error}") from None
+        raise WeightsError(f"{shown} {error}") from None
     except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist: check the path") from None
+        raise WeightsError(f"{shown} does not exist: check the path") from None
+    except MemoryError:
+        raise WeightsError(f"{shown} does not fit in memory: use a smaller file") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         reason = getattr(error, "strerror", None) or error
-        raise WeightsError(f"{path!r} cannot be read ({reason}): check the path") from None
+        raise WeightsError(f"{shown} cannot be read ({reason}): check the path") from None
 
 
 def write(path, tree):
@@ -110,13 +117,13 @@ def write(path, tree):
     import paddle  # here, so that reading needs no Paddle
 
     path = os.fspath(path)
+    shown = _shown_path(path)
     try:
         _check_tree(tree, tensor_type=paddle.Tensor)
     except WeightsError as error:
-        raise WeightsError(f"{path} cannot be written, the tree {error}") from None
+        raise WeightsError(f"{shown} cannot be written, the tree {error}") from None
 
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         open(temporary, "wb").close()  # fails without a folder, which paddle.save would create
         paddle.save(tree, temporary, protocol=4)
@@ -127,10 +134,16 @@ def write(path, tree):
             os.remove(temporary)
         if isinstance(error, OSError):
             reason = error.strerror or error
-            raise OSError(error.errno, f"{path} cannot be written: {reason}") from error
+            raise OSError(error.errno, f"{shown} cannot be written: {reason}") from error
         raise
     with suppress(OSError):  # the file is whole; some network file systems cannot sync a folder
-        _sync_folder(folder)
+        _sync_folder(os.path.dirname(temporary))
+
+
+def temporary_path(path, pid=None):
+    """Where a process, this one or `pid`, writes before the file takes the name `path`."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(folder, f".{name}.tmp-{pid or os.getpid()}")
 
 
 def sha256(path):
@@ -149,9 +162,11 @@ def _digest(file, size):
 
 def _size_without_trailer(file, require_checksum):
     size = os.fstat(file.fileno()).st_size
+    if size > _MAX_SIZE:
+        raise WeightsError(f"takes {size:,} bytes, more than weights do: use another file")
     body = max(0, size - _TRAILER_SIZE)
     file.seek(body)
-    trailer = file.read(_TRAILER_SIZE)
+    trailer = file.read(size - body)  # not a byte of those in /proc that have no size, but block
     file.seek(0)
     if not trailer.startswith(_TRAILER):
         if require_checksum:
@@ -187,6 +202,8 @@ def _parse(file, size, path):
     # A safetensors file is the length of its JSON header, eight bytes, then that header.
     looks_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
     if looks_safe or path.endswith(".safetensors"):
+        if int.from_bytes(head[:8], "little") > _MAX_HEADER:
+            raise WeightsError("has too long a header for a safetensors file: use another copy")
         return _read_safetensors(file.read(size))
     if head[:1] != b"\x80":
         raise WeightsError("is not a .pdparams file: give one that paddle.save wrote")
@@ -223,9 +240,14 @@ def _read_safetensors(data):
         raise WeightsError("needs a package that is missing: pip install safetensors") from None
     try:
         tensors = deserialize(data)
-    except SafetensorError as error:
-        raise WeightsError(f"is a damaged safetensors file ({error}): use another copy") from None
-    return {name: _from_safetensors(name, **tensor) for name, tensor in tensors}
+        for name, _ in tensors:
+            _check_key(name)
+        return {name: _from_safetensors(name, **tensor) for name, tensor in tensors}
+    except WeightsError:
+        raise
+    except (SafetensorError, OverflowError, ValueError) as error:  # the last two: a shape
+        reason = _shown(str(error))  # may quote what is in the file
+        raise WeightsError(f"is a damaged safetensors file ({reason}): use another copy") from None
 
 
 def _from_safetensors(name, dtype, shape, data):
@@ -251,7 +273,8 @@ def _check_tree(tree, tensor_type=()):
     visited = 0
     while pending:
         key, value, depth = pending.pop()
-        visited += 1
+        is_array = isinstance(value, (np.ndarray, np.generic))
+        visited += _OPCODES_OF_TENSOR if is_array or isinstance(value, tensor_type) else 1
         if depth > _MAX_DEPTH or visited + len(pending) > _MAX_ITEMS:
             raise WeightsError("is nested too deeply or holds too many items: save weights only")
         if type(value) in (list, tuple):
@@ -260,7 +283,7 @@ def _check_tree(tree, tensor_type=()):
             for name, item in value.items():
                 _check_key(name)
                 pending.append((name, item, depth + 1))
-        elif isinstance(value, (np.ndarray, np.generic)):
+        elif is_array:
             if value.dtype.str[1:] not in _DTYPES:
                 raise WeightsError(f"holds an array of {value.dtype} at {_shown(key)}: drop it")
         elif type(value) not in _SCALARS and not isinstance(value, tensor_type):
@@ -271,10 +294,17 @@ def _check_key(key):
     # Hashing recurses through nested tuples, and large integers can be made to collide.
     if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
         raise WeightsError(f"has a key of type {type(key).__name__}: use strings or small integers")
+    # Keys are parameter names, which end up in logs and error messages.
+    if type(key) is str and not (len(key) <= _MAX_NAME and key.isprintable()):
+        raise WeightsError(f"has a key that is no name, {_shown(key)}: use printable strings")
 
 
 def _shown(text):
     return ascii(text[:100]) if isinstance(text, str) else type(text).__name__
+
+
+def _shown_path(path):
+    return path if path.isprintable() else ascii(path)
 
 
 class _Source:
@@ -290,7 +320,7 @@ class _Source:
         return self._count(self.file.read(min(size, self.left)))
 
     def readline(self):  # the name of a global
-        line = self._count(self.file.readline(self.left))
+        line = self._count(self.file.readline(min(_MAX_NAME, self.left)))
         if b"\\" in line:  # pickletools would decode it as an escape, and warn
             raise ValueError("a global has an odd name")
         return line
