@@ -7,6 +7,7 @@ and written by pdparams.py.
 
 import contextlib
 import glob
+import math
 import os
 import re
 import shutil
@@ -43,7 +44,7 @@ def load_weights(path):
 def weights_of(tree, path):
     """The weights of a read file; see load_weights."""
     if "model" in tree:
-        tree = tree.get("model_ema") or tree["model"]
+        tree = tree["model"] if _is_empty(tree.get("model_ema")) else tree["model_ema"]
     arrays = isinstance(tree, dict) and all(isinstance(v, np.ndarray) for v in tree.values())
     if not (arrays and tree):
         raise WeightsError(f"{path}: holds no weights (parameter names with arrays)")
@@ -59,10 +60,14 @@ def read(path, require_checksum=False):
     if "model" not in tree:
         return {"model": weights_of(tree, path)}
     weights_of({"model": tree["model"]}, path)
-    if tree.get("model_ema"):
+    if _is_empty(tree.get("model_ema")):
+        tree["model_ema"] = None
+    else:
         weights_of({"model": tree["model_ema"]}, path)
-    wrong = [key for key in ("epoch", "step") if not _is_count(tree.get(key, 0))]
-    wrong += [key for key in ("run", "amp_grad_scaler") if not isinstance(tree.get(key, {}), dict)]
+    wrong = [key for key in ("epoch", "step", "batch") if not _is_count(tree.get(key, 0))]
+    wrong += ["loss"] if not _is_finite(tree.get("loss", 0.0)) else []
+    wrong += ["amp_grad_scaler"] if not isinstance(tree.get("amp_grad_scaler", {}), dict) else []
+    wrong += ["run"] if not _is_run(tree.get("run", {})) else []
     wrong += ["best"] if not _is_best(tree.get("best", {})) else []
     if wrong:
         raise WeightsError(
@@ -71,15 +76,30 @@ def read(path, require_checksum=False):
     return tree
 
 
+def _is_empty(weights):
+    return weights is None or (isinstance(weights, dict) and not weights)
+
+
 def _is_count(value):
     return type(value) is int and value >= 0
+
+
+def _is_finite(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_run(value):
+    # What it says goes into a warning, so no line ends or terminal escapes.
+    return isinstance(value, dict) and all(
+        _is_count(v) or (type(v) is str and v.isprintable() and len(v) <= 200)
+        for v in value.values()
+    )
 
 
 def _is_best(value):
     if not isinstance(value, dict):
         return False
-    acc1 = value.get("acc1", 0.0)
-    return not value or (isinstance(acc1, (int, float)) and _is_count(value.get("epoch")))
+    return not value or (_is_finite(value.get("acc1", 0.0)) and _is_count(value.get("epoch")))
 
 
 def check_weights(model, weights, path, allow_new_head=False):
@@ -175,32 +195,94 @@ def _state_names(optimizer, model, state):
     return names
 
 
-def save(folder, names, tree):
-    """Writes one checkpoint under several names; each is complete or not there at all."""
-    first, *others = (os.path.join(folder, name) for name in names)
-    pdparams.write(first, tree)
+def save(folder, tree, names=()):
+    """Writes a checkpoint as `last.pdparams`; the one before becomes `previous.pdparams`.
+
+    Whenever the process is killed, the newest complete checkpoint has a name and so has another.
+
+    Args:
+        folder: the run's folder.
+        tree: what to write, see pdparams.write.
+        names: further names for the same file, without the suffix.
+
+    Raises:
+        OSError: the disk is full, the folder gone or read-only; the earlier files are as they were.
+    """
+    new, last, previous, *others = (
+        os.path.join(folder, f"{name}.pdparams") for name in ("new", "last", "previous", *names)
+    )
+    pdparams.write(new, tree)
     for other in others:
-        _link(first, other)
+        _link(new, other)
+    if os.path.exists(last):
+        _link(last, previous)
+    os.replace(new, last)
+
+
+def remove_old_epochs(folder, count):
+    """Removes all `Epoch-<n>.pdparams` but the newest, once one that stays is read back whole.
+
+    Args:
+        folder: the run's folder.
+        count: how many to keep.
+
+    Returns:
+        A sentence for the log for each file that was removed, or why none was.
+    """
+    pattern = os.path.join(glob.escape(folder), "Epoch-*.pdparams")
+    paths = _newest_first(pattern)
+    old = paths[count:]
+    if not old:
+        return []
+    try:
+        pdparams.read(paths[0], require_checksum=True)
+    except WeightsError as error:
+        return [f"no checkpoint is removed: {error}"]
+    for path in old:
+        os.remove(path)
+    return [f"removed {os.path.basename(path)} (KEEP_LAST {count})" for path in old]
+
+
+def remove_temporary_files(folder):
+    """Removes what killed processes left half written; for who alone writes in this folder."""
+    for path in glob.glob(pdparams.temporary_path(os.path.join(glob.escape(folder), "*"), "*")):
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def _link(source, target):
     """A second name for a file that is never changed in place; a copy where links are refused."""
-    temporary = f"{target}.tmp-{os.getpid()}"
+    temporary = pdparams.temporary_path(target)
     with contextlib.suppress(FileNotFoundError):
         os.remove(temporary)  # of a killed process with this number: may be a link to a checkpoint
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = error.strerror or error
+        raise OSError(error.errno, f"{target} cannot be written: {reason}") from error
 
 
 def candidates(save_folder):
     """The training checkpoints of all runs in a folder, newest first."""
     pattern = os.path.join(glob.escape(save_folder), "train-*", "*.pdparams")
+    return [p for p in _newest_first(pattern) if os.path.basename(p) != "best_weights.pdparams"]
+
+
+def _newest_first(pattern):
     ages = {}
     for path in glob.glob(pattern):
-        if os.path.basename(path) != "best_weights.pdparams":
-            with contextlib.suppress(OSError):  # a dangling link
-                ages[path] = os.path.getmtime(path)
-    return sorted(ages, key=lambda path: (ages[path], path), reverse=True)
+        with contextlib.suppress(OSError):  # a dangling link
+            ages[path] = os.stat(path).st_mtime_ns
+    return sorted(ages, key=lambda path: (ages[path], _order(path)), reverse=True)
+
+
+def _order(path):
+    """Sorts files of the same moment, on file systems whose clock is coarse: by their numbers."""
+    name = os.path.basename(path)
+    return name != "previous.pdparams", [int(n) for n in re.findall(r"\d+", name)], name

@@ -13,6 +13,7 @@ import difflib
 import os
 import reprlib
 import sys
+import warnings
 from collections import namedtuple
 
 import yaml
@@ -117,7 +118,10 @@ _KEYS = {
     "TRAIN.RANDOM_ERASE_SPLIT": _switch(False),  # leave the first half of each batch as it is
 
     "SAVE": _text("./output"),  # folder of the runs; each makes a folder of its own in it
-    "SAVE_FREQ": _whole(10, 1),  # epochs between the checkpoints that are kept
+    "SAVE_FREQ": _whole(10, 1),  # epochs between the checkpoints that are kept, Epoch-<n>
+    # new: optimizer steps between checkpoints, beside those at the epochs' ends; 0: none
+    "SAVE_FREQ_STEPS": _whole(0, 0),
+    "KEEP_LAST": _whole(0, 0),  # new: how many Epoch-<n> files to keep, the newest; 0: all
     "REPORT_FREQ": _whole(20, 1),  # batches between reports
     "VALIDATE_FREQ": _whole(1, 1),  # epochs between validations
     "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
@@ -132,7 +136,11 @@ _HINTS = {
     "DATA.DATASET": " (any data set works in that layout: a folder with images, train_list.txt and "
     "val_list.txt, see the README's data preparation)",
 }
-_YAML_LIMIT = 1 << 20  # characters; a configuration is a few thousand
+# Characters of a configuration's YAML files; a few thousand are normal, and PyYAML takes its time.
+_YAML_LIMIT = 1 << 15
+_DEPTH_LIMIT = 50  # of lists and sections in each other; a configuration has four
+_FILES_LIMIT = 50  # YAML files of a configuration
+_LITERAL_LIMIT = 200  # characters of a Python literal, such as (0.9, 0.999)
 
 # The program's flag -> the keys that it sets.
 _FLAGS = {
@@ -169,7 +177,7 @@ def get_config(path=None):
     """
     config = _defaults()
     if path:
-        _merge_file(config, path)
+        _merge_file(config, path, [])
     return config
 
 
@@ -186,7 +194,7 @@ def update_config(config, args):
     """
     config.defrost()
     if getattr(args, "cfg", None):
-        _merge_file(config, args.cfg)
+        _merge_file(config, args.cfg, [])
     for flag, keys in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is None or value is False:  # a switch that is not given leaves the file's value
@@ -224,53 +232,89 @@ def _defaults():
     return config
 
 
-def _merge_file(config, path, children=()):
-    """Merges a YAML file after its BASE parents; `children` are the files that led here."""
-    tree = _read_yaml(path)
+def _merge_file(config, path, read, children=()):
+    """Merges a YAML file after its BASE parents.
+
+    Args:
+        config: the CfgNode to change.
+        path: the file.
+        read: the texts of all files so far, in a list that grows.
+        children: the files that led here.
+    """
+    name = _show_path(path)
+    read.append(_read_text(path, name))
+    if len(read) > _FILES_LIMIT:
+        raise ConfigError(f"{name}: BASE leads to more than {_FILES_LIMIT} files")
+    if sum(map(len, read)) > _YAML_LIMIT:
+        files = "this config file is" if len(read) == 1 else "this and its BASE files are"
+        raise ConfigError(f"{name}: {files} larger than {_YAML_LIMIT:,} characters")
+    tree = _read_yaml(read[-1], name)
     real_path = os.path.realpath(path)
     if real_path in children:
-        raise ConfigError(f"{path}: BASE leads back to this file: a cycle")
+        raise ConfigError(f"{name}: BASE leads back to this file: a cycle")
     parents = tree.pop("BASE", None) or []
     if isinstance(parents, str):
         parents = [parents]
     if not (isinstance(parents, list) and all(isinstance(p, str) for p in parents)):
-        raise ConfigError(f"{path}: BASE must be a list of YAML files")
+        raise ConfigError(f"{name}: BASE must be a list of YAML files")
     for parent in filter(None, parents):
         parent_path = os.path.join(os.path.dirname(path), parent)
-        _merge_file(config, parent_path, (*children, real_path))
-    _merge_tree(config, tree, "", path)
+        _merge_file(config, parent_path, read, (*children, real_path))
+    _merge_tree(config, tree, "", name)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML without merge keys, a few lines of which can grow without bound."""
+    """Safe YAML without merge keys, a few lines of which can grow without bound, and not deep."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        self.depth += 1
+        if self.depth > _DEPTH_LIMIT:
+            raise yaml.YAMLError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def flatten_mapping(self, node):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 raise yaml.YAMLError("merge keys (<<) are not supported")
 
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # nearly any, for 2021-13-45, `!!int ""` and `!!bool x`
+            kind = node.tag.split(":")[-1]
+            problem = f"this is no {kind}: {_show(node.value)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
-def _read_yaml(path):
+
+def _read_text(path, name):
+    """A file's text, or a little more than is allowed; `name` is what messages call the file."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read(_YAML_LIMIT + 1)
+            return file.read(_YAML_LIMIT + 1)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: this config file is not UTF-8 text") from error
+        raise ConfigError(f"{name}: this config file is not UTF-8 text") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot read this config file: {reason}") from error
-    if len(text) > _YAML_LIMIT:
-        raise ConfigError(f"{path}: this config file is larger than {_YAML_LIMIT:,} characters")
+        raise ConfigError(f"{name}: cannot read this config file: {reason}") from error
+
+
+def _read_yaml(text, name):
+    """The dict that a YAML text holds."""
     try:
         tree = yaml.load(text, _YamlLoader)
-    # Deep nesting exhausts the parser's recursion; bad dates and numbers are ValueErrors.
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # an escape beyond Unicode is a ValueError or an OverflowError
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path}: this is not valid YAML: {reason}") from error
+        raise ConfigError(f"{name}: this is not valid YAML: {reason}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: this config file must hold KEY: value lines")
+        raise ConfigError(f"{name}: this config file must hold KEY: value lines")
     return tree
 
 
@@ -324,8 +368,7 @@ def _convert(key, value):
     spec = _KEYS[key]
     # As yacs does: PaddleViT's files write None and (0.9, 0.999), which are text in YAML.
     if isinstance(value, str) and (spec.kind is not str or value == "None"):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = ast.literal_eval(value)
+        value = _literal(value)
     if value is None and spec.none:
         return None
     if spec.length:
@@ -342,6 +385,16 @@ def _convert(key, value):
     return value
 
 
+def _literal(text):
+    """The value of a Python literal; other text as it is."""
+    if len(text) > _LITERAL_LIMIT:  # Python's parser takes long, or overflows its stack
+        return text
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")  # Python's remarks on text such as "1if 2"
+        return ast.literal_eval(text)
+    return text
+
+
 def _convert_one(spec, value):
     """One value of a key, or one item of its list.  An int passes for a float, 3.0 for an int."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -353,9 +406,19 @@ def _convert_one(spec, value):
     if type(value) is not spec.kind and not (spec.kind is float and is_number):
         name = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
         raise ValueError(f"must be {name[spec.kind]}, not {_show(value)}")
+    if spec.kind is str and not _is_plain(value):
+        raise ValueError(f"is {_show(value)}, with a character that no path can hold")
     if spec.low is not None and not spec.low <= value <= spec.high:  # true for NaN
         raise ValueError(f"is {_show(value)}, it must be {_describe_range(spec)}")
     return value
+
+
+def _is_plain(text):
+    """Whether the system's calls take the text: it has no NUL and no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _describe_range(spec):
@@ -370,10 +433,19 @@ def _parse(key, text):
     """A value of -opts, read as YAML would read it; text stays text where the key holds text."""
     if key in _KEYS and _KEYS[key].kind is str:
         return None if text == "null" else text
+    if len(text) > _YAML_LIMIT:
+        return text
     try:
         return yaml.load(text, _YamlLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except Exception:  # as in _read_yaml
         return text  # _convert says what was expected instead
+
+
+def _show_path(path):
+    """A path for a message: quoted where it holds line ends and the like, and not too long."""
+    text = str(path)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _show(value):

@@ -4,23 +4,27 @@ A data set is a folder with `train_list.txt` and `val_list.txt`; each line is an
 relative to the folder, white space, and an integer label.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import traceback
+import warnings
 from array import array
 
 import numpy as np
 import paddle
 from PIL import Image
 
-from launch import die_with_parent
+from launch import die_with_parent, remove_batches
 from transforms import build_transform
 
 _LINE_LIMIT = 5000  # bytes; a path has at most 4096
 # What a draw is for, first in its seed: NumPy takes [0, 1] and [0, 1, 0] for the same seed.
 _ORDER_STREAM, _IMAGE_STREAM = 1, 2  # engine.py has 3
 _PREFETCH = 2  # batches that each loader worker works ahead
+_END_SECONDS = 10  # for a worker to finish the batch that it is at
+_16_BITS = (("I", "PNG"), ("I", "PPM"))  # modes and formats that mean 16 bits, besides "I;16"
 
 
 class DataError(ValueError):
@@ -28,15 +32,17 @@ class DataError(ValueError):
 
 
 class ImageList:
-    """A list file: paths and labels in two flat buffers.
+    """A list file: paths, labels and line numbers in flat buffers.
 
-    ImageNet's 1,281,167 lines take about 70 MB in three objects, which forked loader workers share
+    ImageNet's 1,281,167 lines take about 80 MB in four objects, which forked loader workers share
     with their parent (Python objects a line would be copied by their reference counts).
 
     Args:
         root: the data set's folder.
         name: the list's file name in it.
         num_classes: labels must be 0 .. num_classes - 1.
+        on_bad_line: called with a sentence for each line that is wrong, which is then left out;
+            without it the first one is raised.
 
     Attributes:
         path: the list file.
@@ -46,34 +52,30 @@ class ImageList:
         DataError: the list is missing, empty or not UTF-8, or a line has no label or a wrong one.
     """
 
-    def __init__(self, root, name, num_classes):
+    def __init__(self, root, name, num_classes, on_bad_line=None):
         self.root = root
         self.path = os.path.join(root, name)
-        paths, ends, labels = bytearray(), array("q"), array("i")
+        paths, ends, labels, numbers = bytearray(), array("q"), array("i"), array("q")
+        number = 0
         for number, line in self._lines():
-            parts = line.rsplit(None, 1)
-            if len(parts) < 2 or not parts[1].lstrip(b"+-").isdigit():
-                raise DataError(
-                    f"{self.path}:{number}: {_show(line)} has no label; "
-                    "a line is a path, white space and an integer"
-                )
-            if not _is_utf8(parts[0]):
-                raise DataError(f"{self.path}:{number}: this line is not UTF-8 text")
-            # Ten digits exceed any number of classes; int() of thousands would take its time.
-            label = int(parts[1]) if len(parts[1]) <= 10 and parts[1].isdigit() else num_classes
-            if label >= num_classes:
-                raise DataError(
-                    f"{self.path}:{number}: label {_show(parts[1])} is not in 0..{num_classes - 1} "
-                    f"(MODEL.NUM_CLASSES is {num_classes})"
-                )
-            paths += parts[0]
+            try:
+                path, label = _parse_line(line, num_classes)
+            except DataError as error:
+                sentence = f"{self.path}:{number}: {error}"
+                if on_bad_line is None:
+                    raise DataError(sentence) from None
+                on_bad_line(sentence)
+                continue
+            paths += path
             ends.append(len(paths))
             labels.append(label)
-        if not labels:
+            numbers.append(number)
+        if not number:
             raise DataError(f"{self.path}: the list is empty")
         self._paths = bytes(paths)
-        self._ends = np.frombuffer(ends, dtype=np.int64)
-        self.labels = np.frombuffer(labels, dtype=np.int32)
+        self._ends = np.asarray(ends, dtype=np.int64)
+        self._numbers = np.asarray(numbers, dtype=np.int64)
+        self.labels = np.asarray(labels, dtype=np.int32)
 
     def __len__(self):
         return len(self.labels)
@@ -83,29 +85,26 @@ class ImageList:
         return os.path.join(self.root, self._paths[start : self._ends[index]].decode())
 
     def line_number(self, index):
-        """The line of an image in the list file; reads the file again, as only errors need it."""
-        for image, (number, _) in enumerate(self._lines()):
-            if image == index:
-                return number
-        return 0
+        """The line of an image in the list file."""
+        return int(self._numbers[index])
 
     def _lines(self):
-        """(number, stripped bytes) of every line that is not blank."""
+        """(number, stripped bytes) of every line that is not blank; the start of one too long."""
         try:
             with open(self.path, "rb") as file:
                 if file.read(3) != b"\xef\xbb\xbf":  # a UTF-8 byte order mark
                     file.seek(0)
                 for number, line in enumerate(iter(lambda: file.readline(_LINE_LIMIT + 1), b""), 1):
-                    line = line.strip()
                     if len(line) > _LINE_LIMIT:
-                        raise DataError(
-                            f"{self.path}:{number}: this line is longer than any path and label"
-                        )
-                    if line:
                         yield number, line
-        except OSError as error:
+                        while line and not line.endswith(b"\n"):
+                            line = file.readline(_LINE_LIMIT + 1)
+                    elif line := line.strip():
+                        yield number, line
+        # An OSError, or a ValueError for a path that cannot be one (with a NUL).
+        except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.path}: cannot read this image list: {error.strerror}; the data folder "
+                f"{self.path}: cannot read this image list: {_cause(error)}; the data folder "
                 "needs train_list.txt and val_list.txt (README, data preparation)"
             ) from error
 
@@ -133,18 +132,41 @@ class ImageDataset(paddle.io.Dataset):
         """(uint8 [H, W, 3], int label); raises DataError for an image that cannot be read."""
         epoch, index = key
         rng = np.random.default_rng([_IMAGE_STREAM, self.seed, epoch, index])
-        pixels = self.transform(self._read(index), rng)
+        pixels = self.transform(self.read(index), rng)
         return pixels, int(self.images.labels[index])
 
-    def _read(self, index):
+    def read(self, index):
+        """An image of the list, decoded, in mode RGB; raises DataError where that cannot be."""
         path = self.images.image_path(index)
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            return _read_rgb(path)
         except Exception as error:  # Pillow's readers raise nearly anything on damaged files
             raise DataError(
                 f"{self.images.path}:{self.images.line_number(index)}: cannot read "
-                f"{path}: {_cause(error)}"
+                f"{show_path(path)}: {_cause(error)}"
+            ) from error
+
+
+def _read_rgb(path):
+    """The image of a file as Pillow converts it to RGB: the first frame, what transparency hides.
+
+    Pixels of 16 bits keep their high 8, as a viewer's do (Pillow would clip them all to white).
+    """
+    with warnings.catch_warnings():
+        # A run's terminal is no place for what Pillow remarks about metadata and palettes.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith("I;16") or (image.mode, image.format) in _16_BITS:
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                elif image.mode in ("I", "F"):
+                    raise DataError("its pixels have 32 bits, and no known black and white")
+                return image.convert("RGB")
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: shrink it, or take it off "
+                "the list"
             ) from error
 
 
@@ -250,23 +272,48 @@ def _collate(samples):
 def _unpack(loader):
     """The batches of a loader; raises DataError where a batch is an error or a worker died."""
     batches = iter(loader)
-    while True:
-        try:
-            images, labels = next(batches)
-        except StopIteration:
-            return
-        except (SystemError, RuntimeError) as error:  # Paddle's, for a worker that was killed
-            raise DataError(
-                "a loader worker died; where the system ended it for want of memory, take fewer "
-                f"-num_workers ({_cause(error)})"
-            ) from error
-        if images.ndim == 1:
-            raise DataError(bytes(labels.numpy()).decode())
-        yield images, labels
+    workers = getattr(batches, "_workers", ())
+    pids = [worker.pid for worker in workers]
+    try:
+        while True:
+            try:
+                images, labels = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise _dead_worker(error) from error
+            if images.ndim == 1:
+                raise DataError(bytes(labels.numpy()).decode())
+            yield images, labels
+    finally:
+        # Left to itself, an iterator that is not used up keeps its workers until this process ends.
+        batches._try_shutdown_all(*([_END_SECONDS] if workers else []))
+        for worker in workers:  # one that has not ended would take no SIGTERM
+            worker.kill()
+            worker.join()
+        remove_batches(pids)
+
+
+@contextlib.contextmanager
+def explain_dead_workers():
+    """Turns the error that Paddle raises, wherever the main thread is, into a DataError."""
+    try:
+        yield
+    except SystemError as error:
+        raise _dead_worker(error) from error
+
+
+def _dead_worker(error):
+    return DataError(
+        "a loader worker died; where the system ended it for want of memory, take fewer "
+        f"-num_workers ({_cause(error).split('. ')[0]})"
+    )
 
 
 def build_loader(dataset, sampler, num_workers, ranks_on_host=1):
-    """Iterates over (uint8 [batch, H, W, 3], int64 [batch]) Tensors on the current device.
+    """A generator of (uint8 [batch, H, W, 3], int64 [batch]) Tensors on the current device.
+
+    Its close(), needed where not all batches are taken, ends the workers.
 
     Args:
         dataset: an ImageDataset.
@@ -298,6 +345,10 @@ def build_loader(dataset, sampler, num_workers, ranks_on_host=1):
 def _start_worker(parent, worker_id):
     # Paddle's workers wait for work without looking whether their parent still lives.
     die_with_parent(parent, signal.SIGKILL)
+    # Both are the rank's alone, which ends its workers when it is done with them: a terminal sends
+    # Ctrl-C, and Paddle's launcher a SIGTERM, to the whole process group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def require_shared_memory(num_bytes, folder="/dev/shm"):
@@ -314,12 +365,31 @@ def require_shared_memory(num_bytes, folder="/dev/shm"):
         )
 
 
-def _is_utf8(raw):
+def _parse_line(line, num_classes):
+    """(path in bytes, label) of a line of a list; DataError says what is wrong with it."""
+    if len(line) > _LINE_LIMIT:
+        raise DataError("this line is longer than any path and label")
+    parts = line.rsplit(None, 1)
+    if len(parts) < 2 or not parts[1].lstrip(b"+-").isdigit():
+        raise DataError(f"{_show(line)} has no label; a line is a path, white space and an integer")
+    path, digits = parts
     try:
-        raw.decode()
+        path.isascii() or path.decode()
     except UnicodeDecodeError:
-        return False
-    return True
+        raise DataError("this line is not UTF-8 text") from None
+    # Ten digits exceed any number of classes; int() of thousands would take its time.
+    label = int(digits) if len(digits) <= 10 and digits.isdigit() else num_classes
+    if label >= num_classes:
+        raise DataError(
+            f"label {_show(digits)} is not in 0..{num_classes - 1} "
+            f"(MODEL.NUM_CLASSES is {num_classes})"
+        )
+    return path, label
+
+
+def show_path(path):
+    """A path for a message: quoted where it holds control characters, as lists may."""
+    return path if path.isprintable() else repr(path)
 
 
 def _show(raw):

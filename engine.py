@@ -9,7 +9,8 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from utils import MeanMeter, all_reduce_sum, meet
+import stop
+from utils import MeanMeter, all_reduce_sum
 
 _BATCH_STREAM = 3  # what the draw is for; datasets.py has 1 and 2
 
@@ -33,6 +34,8 @@ class Training:
         report_freq: batches between reports.
         report: called on every rank with (epoch, batches done, mean loss over all ranks since the
             last report, this rank's images/s).
+        after_step: called on every rank after each optimizer step with (epoch, batches done,
+            MeanMeter of this epoch's losses).
     """
 
     model: Any
@@ -45,9 +48,10 @@ class Training:
     rank: int
     report_freq: int
     report: Callable
+    after_step: Callable
 
 
-def train_one_epoch(training, batches, epoch, total, first_batch=0):
+def train_one_epoch(training, batches, epoch, total, first_batch=0, losses=None):
     """Trains on the rest of an epoch.
 
     Between reports the host never waits for the device: losses stay there.
@@ -57,48 +61,59 @@ def train_one_epoch(training, batches, epoch, total, first_batch=0):
         batches: iterable of (uint8 [batch, H, W, 3], labels [batch]), from `first_batch` on.
         epoch: number of this epoch.
         total: batches of a whole epoch.
-        first_batch: batches of this epoch that are done; a multiple of accum_iter.
+        first_batch: batches of this epoch that are done; a multiple of accum_iter, or all.
+        losses: MeanMeter of the batches that are done; left out where there are none.
 
     Returns:
-        The mean loss over these batches and all ranks.
+        The mean loss over the epoch's batches and all ranks.
 
     Raises:
         NonFiniteLoss: at a report, on every rank.
     """
     training.model.train()
-    recent, whole = MeanMeter(), MeanMeter()
+    losses, recent = losses or MeanMeter(), MeanMeter()
     images_seen, start = 0, time.perf_counter()
     for batch, (images, labels) in enumerate(batches, first_batch):
         loss = _train_batch(training, images, labels, epoch, batch, total)
         recent.add(loss)
-        whole.add(loss)
+        losses.add(loss)
         images_seen += len(labels)
         if (batch + 1) % training.report_freq == 0 or batch + 1 == total:
             mean_loss = recent.read()
             if not np.isfinite(mean_loss):
-                raise NonFiniteLoss(f"the loss is {mean_loss} in epoch {epoch}, batch {batch + 1}")
+                raise NonFiniteLoss(
+                    f"the loss is {mean_loss} in epoch {epoch}, at batch {batch + 1} or in the "
+                    f"{recent.count - 1} before"
+                )
             images_per_second = images_seen / (time.perf_counter() - start)
             training.report(epoch, batch + 1, mean_loss, images_per_second)
-            images_seen, start = 0, time.perf_counter()
-    return whole.read()
+            recent, images_seen, start = MeanMeter(), 0, time.perf_counter()
+            stop.request.share()
+        if _ends_step(training, batch, total):
+            training.after_step(epoch, batch + 1, losses)
+    return losses.read()
+
+
+def _ends_step(training, batch, total):
+    return (batch + 1) % training.accum_iter == 0 or batch + 1 == total
 
 
 def _train_batch(training, images, labels, epoch, batch, total):
     """Forward and backward of one batch; after the last of its group, an optimizer step."""
     first_of_group = batch - batch % training.accum_iter
     group_size = min(training.accum_iter, total - first_of_group)
-    last_of_group = batch + 1 == first_of_group + group_size
+    ends_step = _ends_step(training, batch, total)
     rng = np.random.default_rng([_BATCH_STREAM, training.seed, epoch, batch, training.rank])
     paddle.seed(int(rng.integers(2**31)))  # dropout, drop path and erasing draw on the device
     images, targets = training.batch_transform(images, labels, rng)
     # Ranks exchange gradients once a step, not once a batch.
-    synchronize = contextlib.nullcontext if last_of_group else training.no_sync
+    synchronize = contextlib.nullcontext if ends_step else training.no_sync
     with synchronize():
         with training.autocast():
             logits = training.model(images)
         loss = F.cross_entropy(logits.astype("float32"), targets, soft_label=True)
         training.updater.scale(loss / group_size).backward()
-    if last_of_group:
+    if ends_step:
         training.updater.update()
     return loss
 
@@ -114,6 +129,9 @@ def validate(model, batches, batch_transform, autocast):
         batch_transform: (images, labels, None) -> (float images, labels).
         autocast: makes the context in which the model runs.
 
+    Raises:
+        stop.Stopped: the run was asked to end.
+
     Returns:
         A dict with acc1 and acc5 (percent), loss (mean cross entropy) and images (their number).
     """
@@ -122,6 +140,7 @@ def validate(model, batches, batch_transform, autocast):
     loss_sum = paddle.zeros([], dtype="float64")
     seen = 0
     for images, labels in batches:
+        stop.request.raise_if_asked()
         images, labels = batch_transform(images, labels, None)
         with autocast():
             logits = model(images)
@@ -129,7 +148,7 @@ def validate(model, batches, batch_transform, autocast):
         correct += top_k_counts(logits, labels)
         loss_sum += F.cross_entropy(logits, labels, reduction="none").astype("float64").sum()
         seen += len(labels)
-    meet()
+    stop.meet()
     correct = all_reduce_sum(correct).numpy()
     num_images = int(all_reduce_sum(paddle.to_tensor(seen, dtype="int64")))
     return {

@@ -8,6 +8,8 @@ the parent before the number of threads per rank is known.  Nothing here imports
 
 import contextlib
 import ctypes
+import glob
+import json
 import os
 import signal
 import socket
@@ -15,8 +17,8 @@ import subprocess
 import sys
 import time
 
-_GRACE_SECONDS = 20  # between asking the ranks to end and ending them
-_ERROR_PIPE = "GMLP_ERROR_PIPE"  # the file descriptor on which a rank tells its launcher an error
+_GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that of the others
+_REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
 
 
 def is_rank():
@@ -109,8 +111,9 @@ def choose_ranks(nprocs, gpus):
 def run(ranks, gpus, command):
     """Runs `command` once for each rank on this host and waits for all of them.
 
-    When a rank fails, the others are ended and its error is printed.  On SIGINT and SIGTERM the
-    ranks are told to end.  When this process is killed, the kernel tells them.
+    When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM reach the
+    ranks as a SIGTERM, the second one as a SIGKILL.  When this process is killed, the kernel sends
+    them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed rank.
 
     Args:
         ranks: number of processes.
@@ -124,24 +127,41 @@ def run(ranks, gpus, command):
     received = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
+    _adopt_orphans()
     processes = [
         _start_rank(rank, env, command, writer)
         for rank, env in enumerate(_environments(ranks, bool(gpus)))
     ]
     os.close(writer)
     failed = _wait(processes, received)
-    messages = _read_all(reader)
-    if messages:
-        print(messages[0], file=sys.stderr, flush=True)
+    pids = _end_groups([process.pid for process in processes])
+    reports = _read_reports(reader)
+    folder = next((report["folder"] for report in reports if "folder" in report), None)
+    remove_batches(pids)
+    if folder:
+        _remove_temporary_files(folder, pids)
     if received:
         return 128 + received[0]
     if failed is None:
         return 0
-    code = processes[failed].returncode
-    reason = f"exit status {code}" if code > 0 else signal.Signals(-code).name
-    others = "; the other ranks were ended" if ranks > 1 else ""
-    if ranks > 1 or not messages:
-        print(f"rank {failed} of {ranks} failed ({reason}){others}", file=sys.stderr, flush=True)
+    return _describe_failure(failed, processes[failed].returncode, ranks, reports, folder)
+
+
+def _describe_failure(failed, code, ranks, reports, folder):
+    """Prints which rank failed, with its error and its log.  Returns the exit status."""
+    errors = [report for report in reports if "error" in report]
+    # The one that knows what went wrong, even where another ended first as a consequence.
+    for own in [error for error in errors if error["status"]][:1]:
+        failed, code = own["rank"], own["status"]
+    message = next((error["error"] for error in errors if error["rank"] == failed), None)
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if not message or ranks > 1:
+        reason = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+        parts = [f"rank {failed} of {ranks} failed ({reason})"]
+        parts += [f"its log is {os.path.join(folder, f'log_{failed}.txt')}"] if folder else []
+        parts += ["the other ranks were ended"] if ranks > 1 else []
+        print("; ".join(parts), file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
 
 
@@ -158,14 +178,47 @@ def die_with_parent(parent, number):
         os._exit(1)
 
 
-def report_error(message):
-    """Prints an error, or has the launcher print it once however many ranks report it."""
-    if _ERROR_PIPE in os.environ:
-        with contextlib.suppress(OSError):
-            # One write below PIPE_BUF is atomic, so that ranks do not mix their sentences.
-            os.write(int(os.environ[_ERROR_PIPE]), message.encode()[:4000] + b"\0")
-            return
-    print(message, file=sys.stderr, flush=True)
+def report_error(message, status=None):
+    """Prints an error, or has the launcher print it once however many ranks report it.
+
+    Args:
+        message: one sentence.
+        status: what this rank ends with, for an error of its own; None where it may only be the
+            consequence of another rank's end.
+    """
+    text = message.encode(errors="replace")[:3000].decode(errors="ignore")
+    if not _report(error=text, status=status):
+        print(message, file=sys.stderr, flush=True)
+
+
+def report_folder(folder):
+    """Tells the launcher where this run's files are: it names the log of a rank that fails."""
+    _report(folder=os.path.abspath(folder))
+
+
+def remove_batches(pids):
+    """Removes the batches that ended loader workers left in shared memory.
+
+    Args:
+        pids: their process ids; Paddle names a batch's file after the process that made it.
+    """
+    for pid in pids:
+        for path in glob.glob(f"/dev/shm/paddle_{pid}_*"):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+def _report(**what):
+    """Whether there is a launcher, and it was told."""
+    if _REPORT_PIPE not in os.environ:
+        return False
+    rank = int(os.environ["PADDLE_TRAINER_ID"])
+    line = json.dumps({"rank": rank, **what}, ensure_ascii=False) + "\n"
+    with contextlib.suppress(OSError):
+        # One write below PIPE_BUF is atomic, so that ranks do not mix their sentences.
+        os.write(int(os.environ[_REPORT_PIPE]), line.encode(errors="replace"))
+        return True
+    return False
 
 
 def _environments(ranks, on_gpu):
@@ -205,30 +258,39 @@ def _start_rank(rank, env, command, writer):
         os.setpgid(0, 0)
         die_with_parent(parent, signal.SIGTERM)
 
-    env[_ERROR_PIPE] = str(writer)
+    env[_REPORT_PIPE] = str(writer)
     return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=prepare)
+
+
+def _adopt_orphans():
+    """Makes this process the parent of what a rank leaves behind (on Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # 36 is PR_SET_CHILD_SUBREAPER
 
 
 def _wait(processes, received):
     """Waits for all; ends the rest when one fails or a signal came.  The first failed rank."""
     failed = None
     deadline = None
-    passed_on = False
+    passed_on = 0
     while None in (codes := [process.poll() for process in processes]):
-        if failed is None:
-            failed = _first_failed(codes)
-        if (failed is not None or received) and not passed_on:
-            passed_on = True
-            deadline = time.monotonic() + _GRACE_SECONDS
-            _signal_all(processes, signal.SIGTERM)
-        if deadline and time.monotonic() > deadline:
+        if failed is None and (failed := _first_failed(codes)) is not None:
+            asked = codes[failed] == 128 + signal.SIGTERM
+            deadline = time.monotonic() + (_GRACE_SECONDS if asked else 0)
+        if passed_on < len(received):
+            passed_on += 1
+            _signal_all(processes, signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
+        if deadline and time.monotonic() >= deadline:
             _signal_all(processes, signal.SIGKILL)
-        time.sleep(0.05)
+        time.sleep(0.02)
     return _first_failed(codes) if failed is None else failed
 
 
 def _first_failed(codes):
-    return next((rank for rank, code in enumerate(codes) if code), None)
+    """Of several ranks at once one that was killed: the others failed because it was gone."""
+    consequences = [rank for rank, code in enumerate(codes) if code]
+    killed = [rank for rank in consequences if codes[rank] < 0 and codes[rank] != -signal.SIGABRT]
+    return next(iter(killed + consequences), None)
 
 
 def _signal_all(processes, number):
@@ -237,9 +299,29 @@ def _signal_all(processes, number):
             process.send_signal(number)
 
 
-def _read_all(reader):
+def _end_groups(groups):
+    """Kills what is left of process groups whose leaders have ended.  All their process ids."""
+    pids = list(groups)
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pids.append(os.waitpid(-group, 0)[0])
+    return pids
+
+
+def _remove_temporary_files(folder, pids):
+    """Removes what killed ranks have written half; pdparams.temporary_path gives the names."""
+    for pid in pids:
+        for path in glob.glob(os.path.join(glob.escape(folder), f".*.tmp-{pid}")):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+def _read_reports(reader):
     # What is there now: a process that a rank left behind may hold the other end open for good.
     os.set_blocking(reader, False)
     with open(reader, "rb", buffering=0) as file:
-        messages = (file.read(1 << 20) or b"").decode(errors="replace").split("\0")
-    return [message for message in messages if message]
+        lines = (file.read(1 << 20) or b"").split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 import warnings
 
 try:
@@ -75,14 +76,17 @@ def main(argv):
     return launch.run(ranks, gpus, [sys.executable, os.path.abspath(__file__), *argv])
 
 
-def leave(number, frame):
-    """Ends this rank through Python, so that loaders take their batches out of shared memory."""
-    signal.signal(number, signal.SIG_IGN)  # once is enough
-    sys.exit(128 + number)
+def describe_error(error):
+    """One sentence; an OSError's own text would begin with its number."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    # Without a file name it is one of pdparams.write's, with the sentence in strerror.
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def run(config):
     """One rank's work.  Returns the exit status: 0, 1 (failed while running), 2 (asked wrongly)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; trainer.py has its own handler
     launch.set_threads(launch.local_ranks())
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
     warnings.filterwarnings("ignore", message="No ccache found")
@@ -90,8 +94,8 @@ def run(config):
         import paddle
 
     paddle.disable_signal_handler()  # which prints a stack on SIGTERM
-    signal.signal(signal.SIGTERM, leave)
     import worker
+    from datasets import explain_dead_workers
     from trainer import Trainer
 
     config.freeze()
@@ -99,16 +103,19 @@ def run(config):
         parts = worker.Worker(config)
         program = functools.partial(worker.evaluate, parts) if config.EVAL else Trainer(parts).run
     except worker.SETUP_ERRORS as error:
-        launch.report_error(str(error))
+        launch.report_error(describe_error(error), 2)
         return 2
     try:
-        program()
+        with explain_dead_workers():
+            program()
     except worker.RUN_ERRORS as error:
-        # An OSError without a file name is one of pdparams.write's, with the sentence in strerror.
-        bare = isinstance(error, OSError) and error.strerror and not error.filename
-        message = error.strerror if bare else str(error)
+        message = describe_error(error)
         parts.log.error(message)
-        launch.report_error(message)
+        launch.report_error(message, 1)
+        return 1
+    except Exception as error:  # a bug, or a rank that another one left alone
+        parts.log.error(traceback.format_exc(), extra={"file_only": True})
+        launch.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
         return 1
     return 0
 

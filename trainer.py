@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import signal
+import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -10,11 +13,21 @@ import paddle
 import checkpoint
 import engine
 import optim
+import pdparams
+import stop
 import utils
 from config import ConfigError
 from datasets import DataError, TrainSampler, batches_per_epoch
 from transforms import build_batch_transform
 from worker import build_model, describe_scores
+
+
+class _Place(NamedTuple):
+    """How far training is: `epoch` epochs, and `batch` batches of the next with a mean loss."""
+
+    epoch: int
+    batch: int = 0
+    loss: float = 0.0
 
 
 class Trainer:
@@ -46,8 +59,9 @@ class Trainer:
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
         self.best = {"acc1": -1.0, "epoch": 0}
-        self.first_epoch = 1 + train.LAST_EPOCH
+        self.place = _Place(train.LAST_EPOCH)
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
+        self.saved, self.saved_place = None, None  # the last checkpoint: its path, what it holds
         if worker.start is not None:
             self._restore(worker.start, worker.start_path)
             worker.start = None  # as large as the model and its optimizer state
@@ -88,6 +102,7 @@ class Trainer:
             rank=self.worker.rank,
             report_freq=self.config.REPORT_FREQ,
             report=self._report,
+            after_step=self._after_step,
         )
 
     def _log_plan(self, images_per_step):
@@ -112,12 +127,30 @@ class Trainer:
             )
 
     def run(self):
-        """Trains the remaining epochs, with validation and checkpoints between them."""
+        """Trains the remaining epochs, with validation and checkpoints between them.
+
+        Raises:
+            NonFiniteLoss: going on would spoil the weights; nothing was saved since they were good.
+            SystemExit: the run was asked to end, and has saved the place where it is.
+        """
+        try:
+            with stop.request.finishing():
+                try:
+                    self._train()
+                except stop.Stopped:
+                    self._save_and_leave()
+        except engine.NonFiniteLoss as error:
+            raise engine.NonFiniteLoss(
+                f"{error} (optimizer step {self.updater.step}, learning rate "
+                f"{self.optimizer.get_lr():.3e}); last good checkpoint: {self.saved or 'none'}"
+            ) from None
+
+    def _train(self):
         config, log = self.config, self.worker.log
         epochs = config.TRAIN.NUM_EPOCHS
-        if self.first_epoch > epochs:
+        if self.place.epoch >= epochs:
             log.info(f"all {epochs} epochs are done already: nothing to train")
-        for epoch in range(self.first_epoch, epochs + 1):
+        for epoch in range(self.place.epoch + 1, epochs + 1):
             start = time.perf_counter()
             loss = self._train_epoch(epoch)
             log.info(
@@ -128,7 +161,8 @@ class Trainer:
             improved = False
             if epoch % config.VALIDATE_FREQ == 0 or is_last:
                 improved = self._validate(epoch)
-            self._save(epoch, keep=epoch % config.SAVE_FREQ == 0 or is_last, best=improved)
+            self.place = _Place(epoch)
+            self._save(keep=epoch % config.SAVE_FREQ == 0 or is_last, best=improved)
         if self.best["epoch"]:
             weights = self.ema.name
             log.info(
@@ -137,7 +171,7 @@ class Trainer:
         log.info(f"outputs in {self.worker.folder}")
 
     def _train_epoch(self, epoch):
-        worker = self.worker
+        worker, done = self.worker, self.place.batch
         sampler = TrainSampler(
             len(worker.train_data),
             self.config.DATA.BATCH_SIZE,
@@ -145,11 +179,32 @@ class Trainer:
             epoch,
             worker.rank,
             worker.world_size,
+            done,
         )
-        loader = worker.loader(worker.train_data, sampler)
         title = f"epoch {epoch}/{self.config.TRAIN.NUM_EPOCHS}"
-        self.bar = utils.progress_bar(loader, self.batches, title, worker.rank)
-        return engine.train_one_epoch(self.training, self.bar, epoch, self.batches)
+        losses = utils.MeanMeter(self.place.loss, done)
+        with contextlib.closing(worker.loader(worker.train_data, sampler)) as batches:
+            self.bar = utils.progress_bar(batches, self.batches, title, worker.rank, done)
+            return engine.train_one_epoch(
+                self.training, self.bar, epoch, self.batches, done, losses
+            )
+
+    def _after_step(self, epoch, batch, losses):
+        """Saves and stops in the middle of an epoch, where it is time to."""
+        # Of steps that loss scaling skipped too: the same count on every rank and in every run.
+        steps = (epoch - 1) * self.steps_per_epoch + -(-batch // self.accum_iter)
+        due_to_stop = stop.request.is_due(steps)
+        frequency = self.config.SAVE_FREQ_STEPS
+        due_to_save = frequency > 0 and steps % frequency == 0
+        if due_to_stop or due_to_save or batch == self.batches:
+            loss = losses.read()
+            if not np.isfinite(loss):
+                raise engine.NonFiniteLoss(f"the loss is {loss} in epoch {epoch}, by batch {batch}")
+            self.place = _Place(epoch - 1, batch, loss)
+        if due_to_save:
+            self._save()
+        if due_to_stop:
+            raise stop.Stopped
 
     def _report(self, epoch, done, loss, images_per_second):
         rate = self.optimizer.get_lr()
@@ -193,39 +248,95 @@ class Trainer:
             )
         return scores
 
-    def _save(self, epoch, keep, best):
-        """Writes what is due after an epoch: rank 0 does it, the others wait."""
+    def _save(self, keep=False, best=False):
+        """Writes a checkpoint of this place; every rank has to call it.
+
+        Args:
+            keep: under the name of the epoch too.
+            best: as the best model too.
+        """
+        self._write(keep, best)
+        stop.meet()
+
+    def _write(self, keep=False, best=False):
+        """Rank 0 writes; the others know that it does, and go on."""
+        self._check_weights()
         if self.worker.rank == 0:
-            self._write(epoch, keep, best)
-        utils.meet()
+            self._write_files(keep, best)
+        path = os.path.join(self.worker.folder, "last.pdparams")
+        self.saved, self.saved_place = path, self.place
 
-    def _write(self, epoch, keep, best):
+    def _check_weights(self):
+        """Raises NonFiniteLoss where a weight is not finite, which the loss shows a step later."""
+        finite = [paddle.isfinite(param).all() for param in self.worker.model.parameters()]
+        if not bool(paddle.stack(finite).all()):
+            raise engine.NonFiniteLoss("a weight is not a finite number")
+
+    def _write_files(self, keep, best):
         folder = self.worker.folder
-        # In this order: a kill in between must not leave a `last` that knows of a better score
-        # than the files of the best model have.
-        names = ["best.pdparams"] if best else []
-        names += [f"Epoch-{epoch}.pdparams"] if keep else []
-        names += ["last.pdparams"]
+        names = ["best"] if best else []
+        names += [f"Epoch-{self.place.epoch}"] if keep else []
+        # The best model before the checkpoint that knows of its score.
         if best:
-            checkpoint.save(folder, ["best_weights.pdparams"], self.ema.average.state_dict())
-        checkpoint.save(folder, names, self._state(epoch))
-        self.worker.log.info(f"saved {', '.join(names)}")
+            path = os.path.join(folder, "best_weights.pdparams")
+            pdparams.write(path, self.ema.average.state_dict())
+        checkpoint.save(folder, self._state(), names)
+        names = ", ".join(f"{name}.pdparams" for name in ("last", *names))
+        self.worker.log.info(f"saved {names} ({self._describe_place()})")
+        if keep and self.config.KEEP_LAST:
+            for line in checkpoint.remove_old_epochs(folder, self.config.KEEP_LAST):
+                self.worker.log.info(line)
 
-    def _state(self, epoch):
-        """Everything that going on after `epoch` needs; PaddleViT's keys come first."""
+    def _describe_place(self):
+        place = f"epoch {self.place.epoch}"
+        if self.place.batch:
+            place = f"epoch {self.place.epoch + 1}, batch {self.place.batch}/{self.batches}"
+        return f"{place}, step {self.updater.step}"
+
+    def _describe_next(self):
+        epoch, batch, _ = self.place
+        if batch == self.batches:
+            return f"the end of epoch {epoch + 1}"
+        return f"epoch {epoch + 1}" + (f", batch {batch + 1}/{self.batches}" if batch else "")
+
+    def _save_and_leave(self):
+        """The end of a run that was asked to end: all ranks have done the same steps."""
+        signal.alarm(0)  # this is no hang, however long it takes
+        if self.saved_place != self.place:
+            self._write()
+        self.worker.log.info(
+            f"stopped as asked after {self._describe_place()}; to go on: the same command with "
+            f"-resume auto, or with -resume {self.saved}"
+        )
+        stop.part()
+        signal.alarm(stop.LIMIT_SECONDS)
+        sys.exit(128 + (stop.request.number or signal.SIGTERM))
+
+    def _run_facts(self):
+        """What has to be the same for a resumed run to be the same bit for bit."""
+        return {
+            "model_name": self.config.MODEL.NAME,
+            "images": len(self.worker.train_data),
+            "ranks": self.worker.world_size,
+            "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
+            "batch_size": self.config.DATA.BATCH_SIZE,
+            "accum_iter": self.accum_iter,
+            "seed": self.config.SEED,
+        }
+
+    def _state(self):
+        """Everything that going on from this place needs; PaddleViT's keys come first."""
         state = {
             "model": self.worker.model.state_dict(),
             "optimizer": checkpoint.optimizer_state(self.optimizer, self.worker.model),
-            "epoch": epoch,
+            "epoch": self.place.epoch,
             "lr_scheduler": {"last_epoch": self.updater.step, "last_lr": self.optimizer.get_lr()},
             "amp_grad_scaler": self.scaler.state_dict(),
             "step": self.updater.step,
+            "batch": self.place.batch,
+            "loss": self.place.loss,
             "best": self.best,
-            "run": {
-                "model_name": self.config.MODEL.NAME,
-                "world_size": self.worker.world_size,
-                "steps_per_epoch": self.steps_per_epoch,
-            },
+            "run": self._run_facts(),
         }
         if self.config.TRAIN.MODEL_EMA:
             state["model_ema"] = self.ema.average.state_dict()
@@ -235,19 +346,11 @@ class Trainer:
         """Goes on from a checkpoint; what it lacks (as PaddleViT's do) is said and starts fresh."""
         log = self.worker.log
         if "epoch" in state:
-            self.first_epoch = state["epoch"] + 1
-            if state.get("run", {}).get("steps_per_epoch") == self.steps_per_epoch:
-                self.updater.move_to(state.get("step", state["epoch"] * self.steps_per_epoch))
-            else:
-                self.updater.move_to(state["epoch"] * self.steps_per_epoch)
-                log.warning(
-                    f"{path} was made with other steps per epoch (batch, ranks or accumulation): "
-                    "going on at the same epoch, not bit for bit"
-                )
+            self._move_to_place_of(state, path)
             if os.path.dirname(path) == self.worker.folder:  # where the best model's files are
                 self.best = state.get("best") or self.best
         else:
-            log.warning(f"{path} has no epoch: starting at {self.first_epoch} with its weights")
+            log.warning(f"{path} has no epoch: starting at {self.place.epoch + 1} with its weights")
         if not checkpoint.restore_optimizer(
             self.optimizer, self.worker.model, state.get("optimizer")
         ):
@@ -259,4 +362,30 @@ class Trainer:
                 log.warning(f"{path} has no averaged weights (EMA): they start from the model's")
             average = state.get("model_ema") or state["model"]
             checkpoint.assign_weights(self.ema.average, average, path)
-        log.info(f"going on with epoch {self.first_epoch} from {path}")
+        log.info(f"going on with {self._describe_next()} from {path}")
+        self.saved, self.saved_place = path, self.place
+
+    def _move_to_place_of(self, state, path):
+        """Epoch, batch and step of a checkpoint; with other facts, the same place in the epoch."""
+        facts, old = self._run_facts(), state.get("run", {})
+        layout = ("images", "ranks", "batch_size", "accum_iter")
+        batch = state.get("batch", 0)
+        step = state.get("step", state["epoch"] * self.steps_per_epoch)
+        if any(facts[key] != old.get(key) for key in layout):
+            images = batch * old.get("batch_size", 0) * old.get("ranks", 0)
+            batch = min(images // (facts["batch_size"] * facts["ranks"]), self.batches)
+            if batch < self.batches:
+                batch -= batch % self.accum_iter
+            step = state["epoch"] * self.steps_per_epoch + -(-batch // self.accum_iter)
+        self.place = _Place(state["epoch"], batch, state.get("loss", 0.0))
+        self.updater.move_to(step)
+        changes = [
+            f"{key} {old[key]} (now {value})"
+            for key, value in facts.items()
+            if key in old and old[key] != value
+        ]
+        if changes or not old:
+            made = "made with " + ", ".join(changes) if changes else "made by another program"
+            self.worker.log.warning(
+                f"{path} was {made}: going on at the same place in the epoch, not bit for bit"
+            )

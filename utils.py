@@ -1,8 +1,8 @@
 """Small things with no better home: ranks, logs, meters."""
 
 import contextlib
+import fcntl
 import io
-import itertools
 import json
 import logging
 import math
@@ -49,24 +49,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-_meetings = itertools.count()
-
-
-def meet():
-    """Waits until every rank is here, however long that takes.
-
-    gloo's collectives give up after 30 seconds, which ranks can be apart after a long evaluation or
-    while one of them writes a checkpoint.  Paddle's key-value store has no such limit.
-    """
-    if not is_parallel():
-        return
-    store = paddle.base.core.create_or_get_global_tcp_store()
-    key = f"gmlp/meeting/{next(_meetings)}"
-    store.add(key, 1)
-    while store.add(key, 0) < dist.get_world_size():
-        time.sleep(0.01)
-
-
 def broadcast_object(value):
     """Rank 0's picklable value, on every rank."""
     if not is_parallel():
@@ -76,21 +58,43 @@ def broadcast_object(value):
     return box[0]
 
 
+def lock(path):
+    """Locks a file, which is made where it is missing, until this process and its children end.
+
+    Returns:
+        The open file, to be kept.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: this file system has no locks.
+    """
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
 def setup_logging(folder, rank):
     """A logger: `log_<rank>.txt` for every rank; on rank 0 also `log.txt` and standard output.
 
-    On a terminal, where a progress bar shows them, reports (level DEBUG) go to the files only.
+    On a terminal, where a progress bar shows them, reports (level DEBUG) go to the files only, and
+    so does what is logged with `extra={"file_only": True}`.
     """
     logger = logging.getLogger("gmlp")
     logger.handlers.clear()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    logging.raiseExceptions = False  # a full disk would print a traceback for each line
     formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers = [logging.FileHandler(os.path.join(folder, f"log_{rank}.txt"))]
     if rank == 0:
         handlers.append(logging.FileHandler(os.path.join(folder, "log.txt")))
         console = _ConsoleHandler()
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+        console.addFilter(lambda record: not getattr(record, "file_only", False))
         handlers.append(console)
     for handler in handlers:
         handler.setFormatter(formatter)
@@ -120,38 +124,59 @@ class MetricsFile:
 
     def __init__(self, folder, rank):
         self.path = os.path.join(folder, "metrics.jsonl") if rank == 0 else None
+        if self.path and os.path.exists(self.path):
+            _cut_last_line(self.path)
 
     def write(self, **row):
+        """Appends a row with the time.  Raises OSError, with the file's name in it."""
         if self.path:
-            with open(self.path, "a") as file:
-                file.write(to_json({"time": round(time.time(), 3), **row}) + "\n")
+            line = to_json({"time": round(time.time(), 3), **row}) + "\n"
+            write_text(self.path, line, mode="a")
+
+
+def _cut_last_line(path):
+    """Takes off what a killed process left of a line, so that the next one starts on its own."""
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def write_text(path, text, mode="w"):
+    """Writes or appends text.  Raises OSError, always with the file's name in it."""
+    try:
+        with open(path, mode) as file:
+            file.write(text)
+    except OSError as error:  # of a full disk it would not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class MeanMeter:
-    """The mean of device scalars over batches and ranks, without a host read until it is asked."""
+    """The mean of device scalars over batches and ranks, without a host read until it is asked.
 
-    def __init__(self):
-        self.total, self.count = None, 0
+    Args:
+        mean, count: what to go on from.
+    """
+
+    def __init__(self, mean=0.0, count=0):
+        self.count = count
+        self.total = paddle.to_tensor(mean * count, dtype="float64")
 
     def add(self, value):
-        value = value.detach().astype("float64")
-        self.total = value if self.total is None else self.total + value
+        self.total = self.total + value.detach().astype("float64")
         self.count += 1
 
     def read(self):
-        """The mean over all ranks since the last call; every rank has to call it.
+        """The mean over all ranks, a number; every rank has to call it.
 
         The same number on every rank, so that all of them stop where it is not finite.
         """
-        mean = all_reduce_sum(self.total / self.count) / dist.get_world_size()
-        self.total, self.count = None, 0
-        return float(mean)
+        return float(all_reduce_sum(self.total / self.count)) / dist.get_world_size()
 
 
-def progress_bar(batches, total, title, rank):
+def progress_bar(batches, total, title, rank, done=0):
     """`batches` with a progress bar on rank 0's terminal, without one elsewhere."""
-    enabled = rank == 0 and sys.stderr.isatty()
-    return tqdm(batches, title, total, leave=False, disable=not enabled, unit="batch")
+    disable = rank != 0 or not sys.stderr.isatty()
+    return tqdm(batches, title, total, leave=False, disable=disable, unit="batch", initial=done)
 
 
 def describe_machine(world_size):

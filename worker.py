@@ -1,5 +1,6 @@
 """One rank of a run: builds the parts from the config and runs the loops."""
 
+import contextlib
 import os
 import time
 
@@ -9,12 +10,13 @@ import checkpoint
 import engine
 import optim
 import pdparams
+import stop
 import utils
 from checkpoint import WeightsError
 from config import ConfigError
 from datasets import DataError, EvalSampler, build_dataset, build_loader
 from gmlp import build_gmlp
-from launch import default_workers, local_ranks
+from launch import default_workers, local_ranks, report_folder
 from transforms import build_batch_transform
 
 # What a user can set right by other arguments, and what only shows while running.
@@ -51,6 +53,8 @@ class Worker:
         self.start, self.start_path = self._load_start()
         self._load_pretrained()
         self.folder = self._make_folder()
+        report_folder(self.folder)
+        self._claim_folder()
         self.log = utils.setup_logging(self.folder, self.rank)
         self.metrics = utils.MetricsFile(self.folder, self.rank)
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
@@ -73,24 +77,42 @@ class Worker:
                 f"{self.config.SAVE}, starting fresh"
             )
             return None, None
-        state = checkpoint.read(path, require_checksum=resume == "auto")
+        state = self._read_everywhere(path, require_checksum=resume == "auto")
         checkpoint.assign_weights(self.model, state["model"], path)
         return state, path
+
+    def _read_everywhere(self, path, require_checksum):
+        """A checkpoint on every rank: read by each, or sent by rank 0 to hosts without the file."""
+        here = os.path.isfile(path)
+        if self.world_size == 1 or not utils.broadcast_object(here):
+            return self._read_checkpoint(path, require_checksum)
+        if int(utils.all_reduce_sum(paddle.to_tensor(int(here)))) == self.world_size:
+            return self._read_checkpoint(path, require_checksum)
+        state = self._read_checkpoint(path, require_checksum) if self.rank == 0 else None
+        self.warnings.append(f"{path} is not on every host: rank 0 has sent it to all ranks")
+        stop.meet()  # reading a large file may have taken rank 0 long
+        return utils.broadcast_object(state)
+
+    def _read_checkpoint(self, path, require_checksum):
+        """A checkpoint whose weights fit this model; nothing is changed before that is known."""
+        state = checkpoint.read(path, require_checksum)
+        for weights in filter(None, (state["model"], state.get("model_ema"))):
+            checkpoint.check_weights(self.model, weights, path)
+        return state
 
     def _find_newest(self):
         """The newest valid checkpoint of this model, or None; rank 0 searches, so all agree."""
         found = None
         for path in checkpoint.candidates(self.config.SAVE) if self.rank == 0 else ():
             try:
-                state = checkpoint.read(path, require_checksum=True)
-                checkpoint.check_weights(self.model, state["model"], path)
+                state = self._read_checkpoint(path, require_checksum=True)
             except WeightsError as error:
                 self.warnings.append(f"-resume auto: passed over {error}")
                 continue
             if state.get("run", {}).get("model_name") == self.config.MODEL.NAME:
                 found = path
                 break
-        utils.meet()  # reading large files may have taken rank 0 long
+        stop.meet()  # reading large files may have taken rank 0 long
         return utils.broadcast_object(found)
 
     def _load_pretrained(self):
@@ -109,16 +131,34 @@ class Worker:
     def _make_folder(self):
         """The run's folder, which rank 0 names for all; a resumed run goes on in its own."""
         if self.start_path and self.config.MODEL.RESUME == "auto":
-            return os.path.dirname(self.start_path)
+            folder = os.path.dirname(self.start_path)
+            os.makedirs(folder, exist_ok=True)  # on another host that does not share the disk
+            return folder
         kind = "eval" if self.config.EVAL else "train"
         folder = None
         if self.rank == 0:
             folder = _new_folder(self.config.SAVE, f"{kind}-{time.strftime('%Y%m%d-%H-%M-%S')}")
-            with open(os.path.join(folder, "config.yaml"), "w") as file:
-                file.write(self.config.dump())
         folder = utils.broadcast_object(folder)
         os.makedirs(folder, exist_ok=True)  # on another host
         return folder
+
+    def _claim_folder(self):
+        """Locks the run's folder for as long as this process lives, and tidies it."""
+        if self.rank > 0:
+            return
+        try:
+            self.lock = utils.lock(os.path.join(self.folder, "log.txt"))
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.folder}: another run is writing there: wait for its end, or give this one "
+                "an -output of its own"
+            ) from None
+        except OSError as error:
+            self.warnings.append(
+                f"{self.folder} cannot be locked ({error.strerror}): start no second run there"
+            )
+        checkpoint.remove_temporary_files(self.folder)
+        utils.write_text(os.path.join(self.folder, "config.yaml"), self.config.dump())
 
     @property
     def amp(self):
@@ -148,10 +188,10 @@ class Worker:
         """Evaluates a model on the whole validation list; see engine.validate."""
         batch_size = self.config.DATA.BATCH_SIZE_EVAL or self.config.DATA.BATCH_SIZE
         sampler = EvalSampler(len(self.val_data), batch_size, self.rank, self.world_size)
-        loader = self.loader(self.val_data, sampler)
-        batches = utils.progress_bar(loader, len(sampler), title, self.rank)
         transform = build_batch_transform(self.config, train=False)
-        return engine.validate(model, batches, transform, self.autocast)
+        with contextlib.closing(self.loader(self.val_data, sampler)) as batches:
+            bar = utils.progress_bar(batches, len(sampler), title, self.rank)
+            return engine.validate(model, bar, transform, self.autocast)
 
     def loader(self, dataset, sampler):
         workers = self.config.DATA.NUM_WORKERS
@@ -176,8 +216,8 @@ def evaluate(worker):
     worker.log.info(describe_scores(scores))
     worker.metrics.write(kind="eval", **result)
     if worker.rank == 0:
-        with open(os.path.join(worker.folder, "eval.json"), "w") as file:
-            file.write(utils.to_json(result, indent=2) + "\n")
+        text = utils.to_json(result, indent=2) + "\n"
+        utils.write_text(os.path.join(worker.folder, "eval.json"), text)
     worker.log.info(f"outputs in {worker.folder}")
 
 

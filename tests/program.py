@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "gmlp_digits.yaml"
 HANG_SECONDS = 240  # a limit that only stops a hang
 
 # Config keys for a model and a run that take seconds, with every random part on.
@@ -79,7 +82,7 @@ def flatten(opts):
     ]
 
 
-def run_program(*args, opts=None, cfg=ROOT / "configs" / "gmlp_digits.yaml", launcher=(), **env):
+def run_program(*args, opts=None, cfg=CONFIG, launcher=(), **env):
     """Runs main_multi_gpu.py with the demo's config, on the CPU unless env says otherwise."""
     command = [sys.executable, *launcher, ROOT / "main_multi_gpu.py", "-cfg", cfg, *args]
     if opts:
@@ -91,3 +94,58 @@ def metrics(folder, kind):
     """The rows of one kind in a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
+
+
+def same(first, second):
+    """Whether two nested trees of arrays are equal bit for bit."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def start_program(data, output, *args, opts=None, **popen):
+    """A running training of the small model, of 300 epochs unless opts say otherwise."""
+    words = flatten({**SMALL, "TRAIN.NUM_EPOCHS": 300, "REPORT_FREQ": 1, **(opts or {})})
+    command = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG,
+               "-data_path", data, "-output", output, *args, "-opts", *words]  # fmt: skip
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("OMP_NUM_THREADS", None)
+    return subprocess.Popen([str(word) for word in command], env=env, **popen)
+
+
+def batches_in_shared_memory():
+    return {name for name in os.listdir("/dev/shm") if name.startswith("paddle_")}
+
+
+def process_ids():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def parent_of(pid):
+    return _stat_of(pid, 1)
+
+
+def session_of(pid):
+    return _stat_of(pid, 3)
+
+
+def _stat_of(pid, field):
+    """A number of /proc/<pid>/stat, counted from the state behind the name; None for no process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[field])
+    except (OSError, ValueError):
+        return None
+
+
+def session_exists(session):
+    """Whether any process is left in a session, in whatever group."""
+    return any(session_of(pid) == session for pid in process_ids())
+
+
+def wait_for(condition, process=None):
+    """Waits until condition() holds; fails when the process ends first."""
+    limit = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, "the program ended early"
+        assert time.monotonic() < limit, "the program hangs"
+        time.sleep(0.1)

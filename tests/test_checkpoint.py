@@ -1,5 +1,6 @@
 """Weights into models, optimizer state under structured names, checkpoints on the disk."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -45,7 +46,10 @@ def test_weights_come_from_a_bare_file_or_a_checkpoint_ema_first(tree, expected,
     assert is_filled(model, expected)
 
 
-@pytest.mark.parametrize("tree", [{}, {"model": 3}, {"a": 1}, {"model": {}}])
+@pytest.mark.parametrize(
+    "tree",
+    [{}, {"model": 3}, {"a": 1}, {"model": {}}, {"model": {}, "model_ema": np.zeros(2, "float32")}],
+)
 def test_a_file_without_weights_is_refused(tree, tmp_path):
     path = tmp_path / "x.pdparams"
     paddle.save(tree, str(path))
@@ -90,7 +94,11 @@ def test_weights_that_are_no_floats_are_refused(dtype):
     "wrong",
     [
         {"epoch": "3"}, {"epoch": -1}, {"epoch": True}, {"step": 1.5}, {"run": 3},
-        {"best": {"acc1": 3.0}}, {"best": {"acc1": "x", "epoch": 1}}, {"best": [1]},
+        {"batch": -1}, {"loss": float("nan")},
+        {"loss": "1"}, {"run": {"ranks": -1}}, {"run": {"ranks": [1]}},
+        {"best": {"acc1": float("nan"), "epoch": 1}}, {"best": {"acc1": 3.0}},
+        {"best": {"acc1": "x", "epoch": 1}}, {"best": [1]},
+        {"run": {"model_name": "a\x1b[31m"}}, {"model_ema": np.zeros(2, "float32")},
         {"amp_grad_scaler": 3}, {"model_ema": [1]}, {"model_ema": {"a": 3}},
     ],
     ids=str,
@@ -106,9 +114,9 @@ def test_a_checkpoint_whose_numbers_cannot_be_is_refused(wrong, tmp_path):
 
 
 def test_a_stale_temporary_link_does_not_reach_an_old_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, ["Epoch-1.pdparams"], {"epoch": 1})
-    os.link(tmp_path / "Epoch-1.pdparams", tmp_path / f"best.pdparams.tmp-{os.getpid()}")
-    checkpoint.save(tmp_path, ["Epoch-2.pdparams", "best.pdparams"], {"epoch": 2})
+    checkpoint.save(tmp_path, {"epoch": 1}, ["Epoch-1"])
+    os.link(tmp_path / "Epoch-1.pdparams", pdparams.temporary_path(tmp_path / "best.pdparams"))
+    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2", "best"])
     assert pdparams.read(tmp_path / "Epoch-1.pdparams", require_checksum=True)["epoch"] == 1
     assert pdparams.read(tmp_path / "best.pdparams", require_checksum=True)["epoch"] == 2
 
@@ -141,14 +149,11 @@ def test_optimizer_state_survives_other_parameter_names(tmp_path):
     start = {k: v.numpy().copy() for k, v in model.state_dict().items()}
     optimizer = make_optimizer(model)
     train_steps(model, optimizer, [1, 2])
-    checkpoint.save(
-        tmp_path,
-        ["a.pdparams"],
-        {
-            "model": model.state_dict(),
-            "optimizer": checkpoint.optimizer_state(optimizer, model),
-        },
-    )
+    tree = {
+        "model": model.state_dict(),
+        "optimizer": checkpoint.optimizer_state(optimizer, model),
+    }
+    pdparams.write(tmp_path / "a.pdparams", tree)
     train_steps(model, optimizer, [3])
 
     # Layers made before this model give it other names, as in a process that does more.
@@ -195,12 +200,19 @@ def test_optimizer_state_that_does_not_fit_is_not_used(damage):
     assert all((v.numpy() == 0).all() for k, v in moments.items() if "moment" in k)
 
 
-def test_several_names_of_one_checkpoint_are_all_whole(tmp_path):
-    for epoch in (1, 2):
-        checkpoint.save(tmp_path, ["last.pdparams", f"Epoch-{epoch}.pdparams"], {"epoch": epoch})
-    assert sorted(os.listdir(tmp_path)) == ["Epoch-1.pdparams", "Epoch-2.pdparams", "last.pdparams"]
-    for name, epoch in (("Epoch-1", 1), ("Epoch-2", 2), ("last", 2)):
-        assert pdparams.read(tmp_path / f"{name}.pdparams", require_checksum=True)["epoch"] == epoch
+def epochs_in(folder):
+    """{name: epoch} of the files in a folder, all of which are whole."""
+    return {
+        path.stem: pdparams.read(path, require_checksum=True)["epoch"] for path in folder.iterdir()
+    }
+
+
+def test_a_checkpoint_has_all_its_names_and_the_one_before_has_one(tmp_path):
+    checkpoint.save(tmp_path, {"epoch": 1}, ["Epoch-1", "best"])
+    assert epochs_in(tmp_path) == {"last": 1, "best": 1, "Epoch-1": 1}
+    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"])
+    checkpoint.save(tmp_path, {"epoch": 3})
+    assert epochs_in(tmp_path) == {"last": 3, "previous": 2, "best": 1, "Epoch-1": 1, "Epoch-2": 2}
 
 
 def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypatch):
@@ -208,8 +220,63 @@ def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypat
         raise PermissionError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    checkpoint.save(tmp_path, ["last.pdparams", "best.pdparams"], {"epoch": 1})
-    assert pdparams.read(tmp_path / "best.pdparams", require_checksum=True)["epoch"] == 1
+    checkpoint.save(tmp_path, {"epoch": 1}, ["best"])
+    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"])
+    assert epochs_in(tmp_path) == {"last": 2, "previous": 1, "best": 1, "Epoch-2": 2}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+# fsync, replace, fsync of the folder; remove, link, replace for each of three names; replace.
+@pytest.mark.parametrize("call", range(13))
+def test_a_kill_at_any_file_operation_leaves_two_checkpoints(call, tmp_path):
+    checkpoint.save(tmp_path, {"epoch": 1})
+    checkpoint.save(tmp_path, {"epoch": 2})
+    calls = iter(range(1000))
+
+    def dying(function):
+        def die_or_call(*args, **kwargs):
+            if next(calls) >= call:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return die_or_call
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("fsync", "link", "remove", "replace"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        checkpoint.save(tmp_path, {"epoch": 3}, ["Epoch-3", "best"])
+    checkpoint.remove_temporary_files(tmp_path)
+    epochs = epochs_in(tmp_path)
+    assert {1, 2} <= {*epochs.values()} or {2, 3} <= {*epochs.values()}
+    assert epochs["last"] == 2 or epochs["previous"] == 2
+
+
+@pytest.mark.parametrize("damaged, left", [(None, {3, 4}), ("Epoch-4", {1, 2, 3, 4})])
+def test_old_epochs_go_once_a_newer_one_is_read_back_whole(tmp_path, damaged, left):
+    for epoch in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, {"epoch": epoch}, [f"Epoch-{epoch}"])
+        os.utime(tmp_path / f"Epoch-{epoch}.pdparams", (1000, 1000))  # a coarse clock
+    if damaged:
+        path = tmp_path / f"{damaged}.pdparams"
+        path.write_bytes(path.read_bytes()[:-1])
+    lines = checkpoint.remove_old_epochs(tmp_path, 2)
+    assert {int(p.stem[6:]) for p in tmp_path.glob("Epoch-*")} == left
+    if damaged:
+        assert len(lines) == 1 and "no checkpoint is removed" in lines[0]
+    else:
+        assert len(lines) == 2 and "Epoch-1.pdparams" in lines[1]
+
+
+def test_temporary_files_of_any_process_are_removed_and_nothing_else(tmp_path):
+    checkpoint.save(tmp_path, {"epoch": 1})
+    temporary = pdparams.temporary_path(tmp_path / "last.pdparams", 12345)
+    with open(temporary, "wb"):
+        pass
+    checkpoint.remove_temporary_files(tmp_path)
+    assert epochs_in(tmp_path) == {"last": 1}
 
 
 def test_candidates_are_training_checkpoints_newest_first(tmp_path):

@@ -53,6 +53,7 @@ def make_training(model, optimizer, accum_iter=1, **changes):
         "rank": 0,
         "report_freq": 1000,
         "report": lambda *args: None,
+        "after_step": lambda *args: None,
     }
     return engine.Training(**{**parts, **changes})
 
@@ -164,7 +165,7 @@ def test_reports_give_the_mean_loss_since_the_last():
 def test_a_loss_that_is_not_finite_stops_training():
     batches = make_batches(3, 2)
     batches[1][0][0] = float("nan")
-    with pytest.raises(engine.NonFiniteLoss, match="nan in epoch 1, batch 2"):
+    with pytest.raises(engine.NonFiniteLoss, match="nan in epoch 1, at batch 2"):
         train(batches, report_freq=1)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from program import ROOT
@@ -30,7 +31,7 @@ WAIT = STARTED + "while True: signal.pause()\n"
 def environment(monkeypatch):
     """Sets variables; those of a launcher and CUDA_VISIBLE_DEVICES are unset before."""
     for name in list(os.environ):
-        if name.startswith("PADDLE_") or name in ("CUDA_VISIBLE_DEVICES", launch._ERROR_PIPE):
+        if name.startswith("PADDLE_") or name in ("CUDA_VISIBLE_DEVICES", launch._REPORT_PIPE):
             monkeypatch.delenv(name)
     return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
@@ -260,15 +261,10 @@ def test_ranks_get_the_variables_of_paddles_launcher(environment, tmp_path, gpus
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "SIGKILL"),
     ],
 )
-def test_when_a_rank_fails_the_others_are_asked_to_end_and_it_is_named(
-    tmp_path, end, status, reason
-):
+def test_when_a_rank_fails_the_others_are_killed_and_it_is_named(tmp_path, end, status, reason):
     code = f"""
 import os, signal, sys
-def tidy(*_):
-    open(f"{{sys.argv[1]}}/tidy {{rank}}", "w")
-    sys.exit(0)
-signal.signal(signal.SIGTERM, tidy)
+for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
 {STARTED}
 while rank != "1": signal.pause()
 while not all(os.path.exists(f"{{sys.argv[1]}}/{{other}}") for other in (0, 2)): pass
@@ -276,27 +272,92 @@ while not all(os.path.exists(f"{{sys.argv[1]}}/{{other}}") for other in (0, 2)):
 """
     ended, err = run_launcher(tmp_path, 3, code)
     assert ended == status, err
-    assert (tmp_path / "tidy 0").exists() and (tmp_path / "tidy 2").exists()
     assert err.splitlines() == [f"rank 1 of 3 failed ({reason}); the other ranks were ended"]
     assert not any(map(is_running, started(tmp_path, 3)))
 
 
-def test_a_rank_that_does_not_end_when_asked_is_killed(tmp_path):
-    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{STARTED}"
-    code += "while rank == '1': signal.pause()\n"
-    code += "while not os.path.exists(f'{sys.argv[1]}/1'): pass\nsys.exit(4)"
-    status, _ = run_launcher(tmp_path, 2, code, grace=0.1)
-    assert status == 4
+@pytest.mark.parametrize("grace, ends", [(HANG_SECONDS, True), (0.1, False)])
+def test_when_a_rank_left_as_asked_the_others_have_time_to_follow(tmp_path, grace, ends):
+    code = f"""
+import os, signal, sys, time
+{STARTED}
+if rank == "1": sys.exit(143)
+while os.path.exists(f"/proc/{{open(sys.argv[1] + '/1').read()}}/fd/0"): pass
+time.sleep(1)
+open(f"{{sys.argv[1]}}/followed", "w")
+sys.exit(143)
+"""
+    code = code.replace("if rank", "while not os.path.exists(f'{sys.argv[1]}/1'): pass\nif rank")
+    status, _ = run_launcher(tmp_path, 2, code, grace=grace)
+    assert status == 143
+    assert (tmp_path / "followed").exists() == ends
     assert not any(map(is_running, started(tmp_path, 2)))
 
 
-def test_a_process_that_a_failed_rank_leaves_behind_does_not_hold_the_launcher(tmp_path):
+def test_a_process_that_a_failed_rank_leaves_behind_is_ended(tmp_path):
     code = "import os, signal, sys\npid = os.fork()\nwhile pid == 0: signal.pause()\n"
     code += "open(f'{sys.argv[1]}/left', 'w').write(str(pid)); os._exit(5)"
+    assert run_launcher(tmp_path, 1, code)[0] == 5
+    assert not is_running(int((tmp_path / "left").read_text()))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_rank_is_named_with_its_log_and_what_it_left_is_removed(tmp_path, ranks):
+    # Its loader worker, a child that dies with it, has a batch in shared memory.
+    code = f"""
+import launch, os, signal, sys, time
+{STARTED}
+folder = sys.argv[1]
+if rank == "0": launch.report_folder(folder)
+while not all(os.path.exists(f"{{folder}}/{{other}}") for other in range({ranks})): pass
+if rank == str({ranks - 1}):
+    rank_pid, child = os.getpid(), os.fork()
+    if child == 0:
+        launch.die_with_parent(rank_pid, signal.SIGKILL)
+        while True: signal.pause()
+    for pid in (os.getpid(), child): open(f"/dev/shm/paddle_{{pid}}_0_1", "w")
+    open(f"/dev/shm/paddle_{{os.getpid()}}0_0_1", "w")  # another process's
+    open(f"{{folder}}/.last.pdparams.tmp-{{os.getpid()}}", "w")
+    open(f"{{folder}}/.last.pdparams.tmp-1", "w")  # another process's
+    open(f"{{folder}}/child", "w").write(str(child))
+    os.kill(os.getpid(), signal.SIGKILL)
+while True: signal.pause()
+"""
+    status, err = run_launcher(tmp_path, ranks, code)
+    pids = started(tmp_path, ranks)
+    others = Path(f"/dev/shm/paddle_{pids[-1]}0_0_1")
     try:
-        assert run_launcher(tmp_path, 1, code)[0] == 5
+        assert status == 137
+        expected = f"rank {ranks - 1} of {ranks} failed (SIGKILL); its log is {tmp_path}/log_"
+        assert err.startswith(expected) and err.count("\n") == 1, err
+        for pid in (pids[-1], int((tmp_path / "child").read_text())):
+            assert not list(Path("/dev/shm").glob(f"paddle_{pid}_*"))
+            assert not is_running(pid)
+        assert others.exists()
+        assert [path.name for path in tmp_path.glob(".*")] == [".last.pdparams.tmp-1"]
     finally:
-        os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
+        others.unlink()
+
+
+def test_what_a_rank_says_because_another_was_killed_is_not_the_error(tmp_path):
+    code = f"""
+import launch, os, signal, sys
+{STARTED}
+if rank == "1":
+    while not os.path.exists(f"{{sys.argv[1]}}/0"): pass
+    os.kill(os.getpid(), signal.SIGKILL)
+while not os.path.exists(f"{{sys.argv[1]}}/1"): pass
+def runs(pid):
+    try:
+        return " Z " not in open(f"/proc/{{pid}}/stat").read()
+    except OSError:
+        return False
+while runs(open(f"{{sys.argv[1]}}/1").read()): pass
+launch.report_error("connection lost")
+sys.exit(1)
+"""
+    status, err = run_launcher(tmp_path, 2, code)
+    assert status == 137 and "SIGKILL" in err and "connection lost" not in err
 
 
 def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
@@ -319,6 +380,23 @@ def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path, number, status):
     launcher.send_signal(number)
     assert launcher.wait(HANG_SECONDS) == status
     assert not any(map(is_running, ranks))
+
+
+def test_a_second_signal_kills_ranks_that_take_their_time(tmp_path):
+    code = f"""
+import os, signal, sys
+def take_time(*_): open(f"{{sys.argv[1]}}/asked", "w")
+signal.signal(signal.SIGTERM, take_time)
+{WAIT}
+"""
+    launcher = start_launcher(tmp_path, 1, code)
+    ranks = started(tmp_path, 1)
+    launcher.send_signal(signal.SIGINT)
+    wait_until((tmp_path / "asked").exists)
+    assert is_running(ranks[0])
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(HANG_SECONDS) == 130
+    assert not is_running(ranks[0])
 
 
 def test_ctrl_c_reaches_the_ranks_as_one_request_to_end(tmp_path):

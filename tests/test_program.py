@@ -13,20 +13,29 @@ import struct
 import subprocess
 import sys
 import termios
-import time
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
-from program import HANG_SECONDS, ROOT, SMALL, flatten, metrics, run, run_program
+from program import (
+    CONFIG,
+    HANG_SECONDS,
+    ROOT,
+    SMALL,
+    batches_in_shared_memory,
+    metrics,
+    run,
+    run_program,
+    same,
+    session_exists,
+    start_program,
+    wait_for,
+)
 
 import checkpoint
 import pdparams
 from config import get_config
 from gmlp import build_gmlp
-
-CONFIG = ROOT / "configs" / "gmlp_digits.yaml"
 
 
 def evaluate(data, output, weights, *args, **kwargs):
@@ -48,19 +57,12 @@ def evaluate(data, output, weights, *args, **kwargs):
     return json.loads(path.read_text()), result
 
 
-def same(first, second):
-    """Whether two nested trees of arrays are equal bit for bit."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    return np.array_equal(np.asarray(first), np.asarray(second))
-
-
 def test_a_run_leaves_the_files_that_the_readme_names(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml", "log.txt", "log_0.txt", "log_1.txt", "metrics.jsonl",
         "Epoch-1.pdparams", "Epoch-2.pdparams", "last.pdparams", "best.pdparams",
-        "best_weights.pdparams",
+        "best_weights.pdparams", "previous.pdparams",
     }  # fmt: skip
     assert get_config(trained / "config.yaml").MODEL.MIXER.EMBED_DIM == 16
     log = (trained / "log.txt").read_text()
@@ -172,7 +174,8 @@ def test_another_batch_size_goes_on_at_the_same_epoch_with_a_warning(trained, fe
         "-data_path", few_digits, "-output", tmp_path,
         "-resume", trained / "Epoch-1.pdparams", opts={**SMALL, "DATA.BATCH_SIZE": 50},
     ).check()  # fmt: skip
-    assert "other steps per epoch" in result.out
+    assert "made with ranks 2 (now 1), threads 1 (now" in result.out
+    assert "batch_size 10 (now 50): going on at the same place in the epoch" in result.out
     (folder,) = tmp_path.glob("train-*")
     # 203 images in batches of 50 are 4 batches and, 3 accumulated, 2 steps an epoch.
     assert [row["step"] for row in metrics(folder, "train")] == [4]
@@ -340,41 +343,6 @@ def test_flags_with_an_equals_sign_mean_the_same(trained, few_digits, tmp_path):
         f"-pretrained={trained / 'best_weights.pdparams'}", opts=SMALL,
     ).check()  # fmt: skip
     assert "on 101 images" in result.out
-
-
-def start_program(data, output, *args, **popen):
-    """A running training of the small model that would take minutes."""
-    words = flatten({**SMALL, "TRAIN.NUM_EPOCHS": 300, "REPORT_FREQ": 1})
-    command = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG,
-               "-data_path", data, "-output", output, *args, "-opts", *words]  # fmt: skip
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    env.pop("OMP_NUM_THREADS", None)
-    return subprocess.Popen([str(word) for word in command], env=env, **popen)
-
-
-def batches_in_shared_memory():
-    return {name for name in os.listdir("/dev/shm") if name.startswith("paddle_")}
-
-
-def session_of(pid):
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[3])
-    except (OSError, ValueError):
-        return None
-
-
-def session_exists(session):
-    """Whether any process is left in a session, in whatever group."""
-    return any(session_of(name) == session for name in os.listdir("/proc") if name.isdigit())
-
-
-def wait_for(condition, process=None):
-    """Waits until condition() holds; fails when the process ends first."""
-    limit = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert process is None or process.poll() is None, "the program ended early"
-        assert time.monotonic() < limit, "the program hangs"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

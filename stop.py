@@ -1,0 +1,155 @@
+"""Ending a training run when asked: what a signal does, and how the ranks agree where to stop.
+
+    with stop.request.finishing():  # SIGTERM and SIGINT no longer end the process
+        ...
+            if stop.request.is_due(steps_done):  # the same step on every rank
+                raise stop.Stopped
+
+Before a signal comes this costs training one small all-reduce a report.
+"""
+
+import contextlib
+import faulthandler
+import itertools
+import signal
+import time
+
+import paddle
+from paddle import distributed as dist
+
+# A rank that has not ended this long after the signal hangs, most likely in a collective operation
+# whose other side is gone.  The kernel ends it, as Python code no longer runs then.
+LIMIT_SECONDS = 60
+
+# Further behind is only a rank whose host is gone without closing its connections.  This one waits
+# for it in C++ code then, which neither ends by itself nor lets Python run.
+_MEETING_SECONDS = 1800
+
+_LEFT = 1 << 30  # instead of 1, what a rank that will not come adds to a meeting's count
+_meetings = itertools.count()
+
+
+class Stopped(Exception):
+    """The run was asked to end, and every rank has done the same steps."""
+
+
+class StopRequest:
+    """Whether this process was asked to end.
+
+    Attributes:
+        number: the signal that came first; None before.
+    """
+
+    def __init__(self):
+        self.number = None
+        self._announced = False
+        self._last_step = None
+
+    @contextlib.contextmanager
+    def finishing(self):
+        """In here SIGTERM and SIGINT do not end the process; is_due and meet ask for them."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.take)
+            # Paddle's store does not stand a system call that a signal interrupts.
+            signal.siginterrupt(number, False)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+
+    def take(self, number, frame=None):
+        """The signals' handler; a second one does not end what the first has begun."""
+        if self.number is None:
+            self.number = number
+            signal.alarm(LIMIT_SECONDS)
+
+    def is_due(self, steps):
+        """Whether all ranks stop now; to be asked on every rank after each optimizer step.
+
+        Signals reach the ranks at different steps.  A rank that got one announces how far it is and
+        trains on; all stop one step behind the furthest.  By then each of them knows of all the
+        others: no step ends before every rank has begun it, and so has announced itself.
+
+        Args:
+            steps: optimizer steps that this rank has tried, the same count on all ranks.
+        """
+        if self.number is None:
+            return False
+        if not dist.is_initialized():
+            return True
+        if paddle.get_device() != "cpu":
+            paddle.device.synchronize()  # the host may be steps ahead of its GPU
+        ranks = dist.get_world_size()
+        if not self._announced:
+            self._announced = True
+            _add(f"gmlp/stop/rank {dist.get_rank()}", steps)
+            _add("gmlp/stop/announced", 1)
+        if self._last_step is None and _add("gmlp/stop/announced", 0) == ranks:
+            self._last_step = 1 + max(_add(f"gmlp/stop/rank {rank}", 0) for rank in range(ranks))
+        return self._last_step is not None and steps >= self._last_step
+
+    def share(self):
+        """Lets every rank know of a signal that only some got, as those of one host; a collective.
+
+        To be called on all ranks together, between steps.
+        """
+        if dist.is_initialized():
+            number = paddle.to_tensor(self.number or 0, dtype="int64")
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            if int(number):
+                self.take(int(number))
+
+    def raise_if_asked(self):
+        """Raises Stopped where no step is under way, as in validation; the others follow in meet.
+
+        All ranks have done the same steps there, so there is nothing to agree on.
+        """
+        if self.number is not None:
+            if dist.is_initialized():
+                _add(f"gmlp/meeting/{next(_meetings)}", _LEFT)
+            raise Stopped
+
+
+request = StopRequest()
+
+
+def meet():
+    """Waits until every rank is here, however long that takes.
+
+    gloo's collectives give up after 30 seconds, which ranks can be apart after a long evaluation or
+    while one of them writes a checkpoint.  Paddle's key-value store has no such limit.
+
+    Raises:
+        Stopped: a rank was asked to end before it was here; no rank passes then.
+    """
+    request.raise_if_asked()
+    if not dist.is_initialized():
+        return
+    if _wait_for_all(f"gmlp/meeting/{next(_meetings)}") > dist.get_world_size():
+        raise Stopped
+
+
+def part():
+    """Waits, after Stopped, until every rank is done: launchers end all when the first one ends."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError, ValueError):  # the store went with rank 0
+            _wait_for_all("gmlp/stop/parting")
+
+
+def _wait_for_all(key):
+    """How many ranks are here, once all are; ends this process where that takes too long."""
+    faulthandler.dump_traceback_later(_MEETING_SECONDS, exit=True)
+    try:
+        here = _add(key, 1)
+        while here < dist.get_world_size():
+            time.sleep(0.01)
+            here = _add(key, 0)
+        return here
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _add(key, value):
+    """Adds to a number, 0 at first, in the store that the ranks share; returns the sum."""
+    return paddle.base.core.create_or_get_global_tcp_store().add(key, value)
