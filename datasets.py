@@ -264,7 +264,7 @@ def _collate(samples):
     """uint8 [batch, H, W, 3] and int64 [batch]; an error as one axis and its message's bytes."""
     for sample in samples:
         if isinstance(sample, DataError):
-            return np.zeros(1, np.uint8), np.frombuffer(str(sample).encode(), np.uint8)
+            return np.zeros(1, np.uint8), np.frombuffer(str(sample).encode(errors="replace"), np.uint8)
     pixels, labels = zip(*samples)
     return np.stack(pixels), np.array(labels, dtype=np.int64)
 

@@ -18,6 +18,8 @@ from PIL import Image
 
 from augment import BICUBIC, AutoAugment, ColorJitter, RandAugment
 
+_LONG = 20  # width / height above which an evaluated image is cut before it is resized
+
 # --- one image: crops ---
 
 
@@ -46,21 +48,32 @@ class EvalTransform:
         # simpler, but Pillow 13 runs its passes in another order (5 levels apart), and a box that
         # float32 cannot hold moves the first pass's rounding, which the second can double.
         size, (width, height) = self.image_size, image.size
-        resized_width, left = self._resized(width, min(width, height))
-        resized_height, top = self._resized(height, min(width, height))
-        scale = height / resized_height
-        first, last = top * scale, (top + size) * height / resized_height
-        reach = math.ceil(2 * max(1, scale))  # of the bicubic filter, in source pixels
-        above, below = max(0, int(first) - reach), min(height, math.ceil(last) + reach)
-        rows = image.crop((0, above, width, below)).resize((resized_width, below - above), BICUBIC)
-        kept = rows.crop((left, 0, left + size, below - above))
-        box = (0, first - above, size, last - above)
-        return np.array(kept.resize((size, size), BICUBIC, box=box))
+        top, bottom, above, below = self._kept(height, min(width, height))
+        if width <= _LONG * height:
+            resized_width, left = self._resized(width, min(width, height))
+            image = image.crop((0, above, width, below))
+            rows = image.resize((resized_width, below - above), BICUBIC)
+            rows = rows.crop((left, 0, left + size, below - above))
+        else:  # whole rows of a strip 1 pixel high, 100,000 wide, would take gigabytes
+            left, right, before, behind = self._kept(width, height)
+            image = image.crop((before, above, behind, below))
+            box = (left - before, 0, right - before, below - above)
+            rows = image.resize((size, below - above), BICUBIC, box=box)
+        box = (0, top - above, size, bottom - above)
+        return np.array(rows.resize((size, size), BICUBIC, box=box))
 
     def _resized(self, side, short):
         """A side when resized, and where the centre crop begins on it, rounded as torchvision."""
         resized = int(self.short_side * side / short)
         return resized, round((resized - self.image_size) / 2)
+
+    def _kept(self, side, short):
+        """What the centre crop keeps of a side, and what it takes to resize that, in its pixels."""
+        resized, start = self._resized(side, short)
+        scale = side / resized
+        first, last = start * scale, (start + self.image_size) * side / resized
+        reach = math.ceil(2 * max(1, scale))  # of the bicubic filter
+        return first, last, max(0, int(first) - reach), min(side, math.ceil(last) + reach)
 
 
 def random_crop_box(width, height, rng, scale, ratio):

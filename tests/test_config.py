@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
+import fuzz_inputs
 import pytest
 import yaml
 from program import ROOT
@@ -368,8 +370,18 @@ def test_warm_up_may_be_a_fraction_of_an_epoch():
         ("DATA: {BATCH_SIZE: 2021-13-45}", ["not valid YAML"]),
         ("SAVE: !!python/object/apply:os.system ['exit 1']", ["not valid YAML"]),
         ("? [1, 2]\n: 3", ["not valid YAML"]),
-        ("[" * 10000, ["not valid YAML"]),
-        ("{a: " * 10000, ["not valid YAML"]),
+        ("SEED: !!int ''", ["not valid YAML", "this is no int: ''", "line 1"]),
+        ("SEED: !!bool x", ["not valid YAML", "this is no bool: 'x'"]),
+        ("SEED: !!timestamp x", ["not valid YAML", "this is no timestamp"]),
+        ("SEED: 1" + ":1" * 400 + ".5", ["not valid YAML", "this is no float"]),
+        ('SEED: "\\UFFFFFFFF"', ["not valid YAML"]),
+        ('SAVE: "a\\0b"', ["SAVE", "no path can hold"]),
+        ('SAVE: "\\ud800"', ["SAVE", "no path can hold"]),
+        ('BASE: "\\ud800"', ["cannot read", "surrogates"]),
+        ('BASE: "a\\nb"', [r"a\nb", "No such file"]),
+        ("BASE: " + "x" * 9000, ["cannot read", "too long"]),
+        ("[" * 10000, ["not valid YAML", "nested too deeply"]),
+        ("{a: " * 8000, ["not valid YAML"]),
         (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["not UTF-8"]),
         (b"\x00\x01\x02", ["not valid YAML"]),
         (b"# " + b"x" * (1 << 20), ["larger than"]),
@@ -445,6 +457,34 @@ def test_a_cycle_of_base_files_is_refused(tmp_path, parents):
     for name, parent in zip(["a.yaml", "b.yaml"], parents):
         write(tmp_path, name, f"BASE: [{parent}]")
     assert "cycle" in refusal(get_config, tmp_path / "a.yaml")
+
+
+def test_what_base_leads_to_is_limited_in_number_and_size(tmp_path):
+    for number in range(60):
+        write(tmp_path, f"{number}.yaml", f"BASE: [{number + 1}.yaml, {number + 1}.yaml]")
+    assert "BASE leads to more than 50 files" in refusal(get_config, tmp_path / "0.yaml")
+    write(tmp_path, "large.yaml", "# " + "x" * 20_000)
+    child = write(tmp_path, text="BASE: [large.yaml, large.yaml]")
+    message = refusal(get_config, child)
+    assert str(tmp_path / "large.yaml") in message and "BASE files are larger than" in message
+
+
+@pytest.mark.parametrize("text", ["'1if 2'", r'"\d"', "'{[]: 1}'"])
+def test_text_that_is_no_literal_is_refused_without_pythons_remarks(tmp_path, text):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refusal(get_config, write(tmp_path, text=f"SEED: {text}"))
+    assert not caught
+
+
+def test_wild_yaml_and_opts_load_or_are_refused_in_a_sentence(tmp_path):
+    fuzz_inputs.run("yaml", tmp_path, seed=0, count=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thousands_of_wild_yaml_files_load_or_are_refused_in_a_sentence(tmp_path, seed):
+    fuzz_inputs.run("yaml", tmp_path, seed, count=5000)
 
 
 def out_of_range(key):

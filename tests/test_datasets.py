@@ -5,8 +5,10 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
+import fuzz_inputs
 import numpy as np
 import paddle
 import pytest
@@ -33,6 +35,13 @@ def png(seed=0, size=(40, 30)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(kind):
+    """The bytes of a noisy picture, a few thousand, in one of Pillow's formats."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png())).save(file, kind)
     return file.getvalue()
 
 
@@ -116,6 +125,7 @@ def test_lines_are_read_however_they_were_written(tmp_path, content, expected):
         (b"a\xc3 0\n\xa9b 1\n", 1, "not UTF-8"),  # together they would be
         (b"a.JPEG 0\n" + b"x" * 6000 + b" 1\n", 2, "longer than any path"),
         (b"\0" * 10_000_000, 1, "longer than any path"),
+        (b" " * 20_000 + b"\na.JPEG 0\n", 1, "longer than any path"),
         ("a.JPEG 0\n".encode("utf-16"), 1, ""),
     ],
 )
@@ -123,6 +133,27 @@ def test_a_wrong_line_is_named(tmp_path, content, line, part):
     message = refusal(read_list, tmp_path, content)
     assert f"{tmp_path / 'val_list.txt'}:{line}: " in message
     assert part in message
+
+
+def test_all_wrong_lines_can_be_collected_and_the_others_keep_their_numbers(tmp_path):
+    lines = [
+        b"a.JPEG 0",
+        b"b.JPEG",
+        b" " * 20_000,
+        b"c\xff 1",
+        b"",
+        b"d.JPEG 10",
+        b"x" * 20_000 + b" 1",
+    ]
+    (tmp_path / "val_list.txt").write_bytes(b"\n".join([*lines, b"e.JPEG 9"]))
+    wrong = []
+    images = ImageList(str(tmp_path), "val_list.txt", 10, wrong.append)
+    start = len(f"{tmp_path}/val_list.txt:")
+    assert [int(message[start:].split(":")[0]) for message in wrong] == [2, 3, 4, 6, 7]
+    assert [images.line_number(index) for index in range(len(images))] == [1, 8]
+    assert images.image_path(1) == str(tmp_path / "e.JPEG") and images.labels.tolist() == [0, 9]
+    (tmp_path / "val_list.txt").write_bytes(b"only wrong lines")
+    assert len(ImageList(str(tmp_path), "val_list.txt", 10, wrong.append)) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
@@ -135,8 +166,19 @@ def test_a_missing_list_is_named_with_what_a_data_folder_needs(tmp_path):
     message = refusal(ImageList, str(tmp_path / "nowhere"), "train_list.txt", 10)
     assert str(tmp_path / "nowhere" / "train_list.txt") in message
     assert "No such file" in message and "train_list.txt and val_list.txt" in message
+    assert "null" in refusal(ImageList, "a\0b", "val_list.txt", 10)
     (tmp_path / "val_list.txt").mkdir()
     assert "Is a directory" in refusal(ImageList, str(tmp_path), "val_list.txt", 10)
+
+
+def test_wild_lists_load_or_are_refused_in_a_sentence(tmp_path):
+    fuzz_inputs.run("lists", tmp_path, seed=0, count=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thousands_of_wild_lists_load_or_are_refused_in_a_sentence(tmp_path, seed):
+    fuzz_inputs.run("lists", tmp_path, seed, count=5000)
 
 
 def test_a_long_list_makes_no_python_object_a_line(tmp_path):
@@ -156,11 +198,15 @@ def test_a_long_list_makes_no_python_object_a_line(tmp_path):
     ("name", "content"),
     [
         ("missing.JPEG", None),
-        ("truncated.JPEG", png()[:1000]),
+        ("cut.png", png()[:1000]),
+        ("cut.JPEG", picture("JPEG")[:-200]),
+        ("cut.webp", picture("WEBP")[:-200]),
+        ("half.gif", picture("GIF")[:300]),
+        ("zeros.JPEG", bytes(5000)),
+        ("head.JPEG", picture("JPEG")[:600] + bytes(5000)),
         ("text.JPEG", b"<html>404</html>"),
         ("empty.JPEG", b""),
         (".", None),
-        ("nul\0.JPEG", None),
     ],
 )
 def test_an_image_that_cannot_be_read_names_list_line_and_path(tmp_path, name, content):
@@ -171,6 +217,106 @@ def test_an_image_that_cannot_be_read_names_list_line_and_path(tmp_path, name, c
     message = refusal(dataset.__getitem__, (0, 1))
     assert f"{tmp_path / 'val_list.txt'}:3: " in message
     assert os.path.join(str(tmp_path), name) in message
+
+
+def test_a_path_with_control_characters_is_quoted_in_its_message(tmp_path):
+    (tmp_path / "val_list.txt").write_bytes(b"nul\0.JPEG 0\na\rb\x1b[31m 0\n")
+    dataset = build_dataset(config_of(tmp_path), train=False)
+    for index, quoted in enumerate([r"nul\x00.JPEG'", r"a\rb\x1b[31m'"]):
+        message = refusal(dataset.read, index)
+        assert message.isprintable() and quoted in message
+
+
+@pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 10_000)])  # Pillow warns, Pillow raises
+def test_a_decompression_bomb_is_refused_without_a_warning(tmp_path, size):
+    Image.new("1", size).save(tmp_path / "bomb.png")
+    (tmp_path / "val_list.txt").write_text("bomb.png 0\n")
+    dataset = build_dataset(config_of(tmp_path), train=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        message = refusal(dataset.read, 0)
+    assert f"val_list.txt:1: cannot read {tmp_path / 'bomb.png'}: it has more than" in message
+    assert "89,478,485 pixels" in message and not caught
+
+
+def stripes():
+    """Three colours in columns, 48 x 30: what a lossy format keeps within a few levels."""
+    image = Image.new("RGB", (48, 30), (250, 10, 20))
+    image.paste((20, 240, 30), (16, 0, 32, 30))
+    image.paste((10, 20, 230), (32, 0, 48, 30))
+    return image
+
+
+def write_image(path, kind):
+    """A file of the stripes in one of the kinds that data sets have by mistake."""
+    image = stripes()
+    if kind == "cmyk":
+        image.convert("CMYK").save(path, "JPEG", quality=95)
+    elif kind == "png named JPEG":
+        image.save(path, "PNG")
+    elif kind in ("palette with transparency", "palette with one transparent colour"):
+        alpha = bytes([0, 100, 255]) if kind == "palette with transparency" else 1
+        image.quantize(3).save(path, "PNG", transparency=alpha)
+    elif kind == "transparent":
+        image.putalpha(0)
+        image.save(path, "PNG")
+    elif kind in ("GIF", "PNG", "WEBP", "TIFF"):  # animated
+        more = [Image.new("RGB", image.size, color) for color in ("white", "black")]
+        options = {"lossless": True} if kind == "WEBP" else {}
+        image.save(path, kind, save_all=True, append_images=more, **options)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cmyk", "png named JPEG", "palette with transparency", "palette with one transparent colour",
+     "transparent", "GIF", "PNG", "WEBP", "TIFF"],
+)  # fmt: skip
+def test_unusual_files_give_the_picture_that_they_hold_and_no_warning(tmp_path, kind):
+    write_image(tmp_path / "a.JPEG", kind)
+    (tmp_path / "train_list.txt").write_text("a.JPEG 3\n")
+    dataset = dataset_of(tmp_path, train=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = dataset.read(0)
+        pixels, label = dataset[(0, 0)]
+    assert image.mode == "RGB" and image.size == (48, 30) and label == 3 and not caught
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(stripes()))
+    away_from_edges = difference.reshape(30, 3, 16, 3)[:, :, 4:-4]
+    assert away_from_edges.max() <= (12 if kind == "cmyk" else 0)
+    assert pixels.shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big_endian.tif", "a.pgm"])
+def test_16_bit_gray_keeps_its_high_bits(tmp_path, name):
+    values = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    if name == "a.pgm":
+        (tmp_path / name).write_bytes(b"P5 40 30 65535\n" + values.astype(">u2").tobytes())
+    elif name == "big_endian.tif":
+        image = Image.frombytes("I;16B", (40, 30), values.astype(">u2").tobytes())
+        image.save(tmp_path / name)
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    (tmp_path / "val_list.txt").write_text(f"{name} 0\n")
+    pixels = np.asarray(dataset_of(tmp_path).read(0))
+    assert np.array_equal(pixels, np.repeat((values >> 8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_pixels_are_refused_as_their_white_is_unknown(tmp_path, mode):
+    Image.new(mode, (40, 30), 100).save(tmp_path / "a.tif")
+    (tmp_path / "val_list.txt").write_text("a.tif 0\n")
+    assert "a.tif: its pixels have 32 bits" in refusal(dataset_of(tmp_path).read, 0)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000)])
+def test_images_of_extreme_shapes_are_read_and_transformed(tmp_path, size, train):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "a.png")
+    for part in ("train", "val"):
+        (tmp_path / f"{part}_list.txt").write_text("a.png 0\n")
+    pixels, _ = dataset_of(tmp_path, train)[(0, 0)]
+    assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+    assert train or (pixels == [10, 200, 30]).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])

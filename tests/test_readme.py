@@ -1,6 +1,7 @@
 """What the README shows works as printed."""
 
 import re
+import shlex
 import shutil
 import sys
 
@@ -108,3 +109,10 @@ def test_the_model_table_is_the_tools_output():
 def test_published_weights_are_s16s():
     weights = to_paddle(draw_weights(timm_shapes(load("gmlp_s16_224"))))
     assert len(weights) == 306 and sum(np.size(v) for v in weights.values()) == 19_422_656
+
+
+def test_the_check_of_a_data_set_prints_what_the_page_shows(digits):
+    (command,) = [text for text in snippets("shell") if "check_dataset.py" in text]
+    shown = README.split(command)[1].split("```")[2].strip()
+    words = shlex.split(command.replace("data/digits", f"'{digits}'"))
+    assert run([sys.executable, ROOT / words[1], *words[2:]]).check().out.strip() == shown

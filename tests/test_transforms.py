@@ -93,6 +93,21 @@ def test_images_of_any_shape_can_be_evaluated_and_trained_on(size):
         assert (crop == [10, 200, 30]).all() and crop.shape == (32, 32, 3)
 
 
+def test_a_very_wide_image_is_evaluated_without_resizing_all_of_it(monkeypatch):
+    pixels_of = np.random.default_rng(0).integers(0, 256, (3, 3000, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels_of)
+    whole = image.resize((1000 * 36, 36), Image.Resampling.BICUBIC)  # short side floor(32 / 0.875)
+    expected = pixels(whole.crop((17984, 2, 18016, 34)))
+    resize, sizes = Image.Image.resize, []
+    record = lambda self, size, *args, **kwargs: (  # noqa: E731
+        sizes.append(size) or resize(self, size, *args, **kwargs)
+    )
+    monkeypatch.setattr(Image.Image, "resize", record)
+    assert np.abs(EvalTransform(32, 0.875)(image) - expected).max() <= 1
+    EvalTransform(32, 0.875)(Image.new("RGB", (200_000, 1)))
+    assert max(width * height for width, height in sizes) <= 32 * 32
+
+
 @pytest.mark.parametrize("crop_pct", [0, -0.5, 1.01, 87.5])
 def test_a_crop_share_that_cannot_be_is_refused(crop_pct):
     with pytest.raises(ValueError, match="crop_pct"):

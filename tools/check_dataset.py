@@ -1,0 +1,274 @@
+"""Read a whole data set ahead of a run, and report every problem at once.
+
+    python tools/check_dataset.py -data_path /dataset/imagenet
+    python tools/check_dataset.py -data_path data/digits -num_classes 10 -lists val_list.txt
+
+Prints a line `list:line: ...` for each bad line and each image that a run would refuse, with the
+run's own words, then warnings: images listed again (in the list itself, or of training in
+validation) and classes without an image.  Exit status: 0, 1 where there is a problem (warnings are
+none), 2 for what was asked wrongly.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from multiprocessing import connection
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+try:
+    import launch
+    from config import ConfigError, get_config, update_config
+except ModuleNotFoundError as error:
+    sys.exit(f"this Python has no package {error.name}: see the README's install section")
+
+# Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.
+
+_CHUNK = 64  # images that a process checks at a time
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("-data_path", metavar="DIR", required=True, help="folder with the lists")
+    add("-num_classes", metavar="N", type=int, help="classes of the data set (default 1000)")
+    add("-num_workers", metavar="N", type=int, help="processes (default: one per core)")
+    add(
+        "-lists",
+        metavar="LIST",
+        nargs="+",
+        default=["train_list.txt", "val_list.txt"],
+        help="list files in the folder (default: train_list.txt val_list.txt)",
+    )
+    return parser
+
+
+def main(argv):
+    """Checks what the arguments say.  Returns the exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        config = update_config(get_config(), args)
+    except ConfigError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if not any(os.path.exists(os.path.join(args.data_path, name)) for name in args.lists):
+        print(
+            f"{parser.prog}: {args.data_path} has no {' or '.join(args.lists)} (README, data "
+            "preparation)",
+            file=sys.stderr,
+        )
+        return 2
+    signal.signal(signal.SIGINT, _leave)
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text of this terminal
+    workers = config.DATA.NUM_WORKERS
+    workers = launch.available_cores() if workers < 0 else max(1, workers)
+    try:
+        return check(args.data_path, args.lists, config.MODEL.NUM_CLASSES, workers)
+    except BrokenPipeError:  # such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _leave(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    sys.exit(128 + number)
+
+
+def check(root, names, num_classes, workers):
+    """Checks the lists of a folder, and prints what is wrong.  Returns the exit status."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    warnings.filterwarnings("ignore", message="No ccache found")
+    with contextlib.redirect_stderr(io.StringIO()):
+        import paddle
+    from tqdm import tqdm
+
+    from datasets import DataError, ImageDataset, ImageList
+
+    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
+    signal.signal(signal.SIGTERM, _leave)
+    report = Report(tqdm.write)
+    lists = []
+    for name in dict.fromkeys(names):
+        try:
+            lists.append(ImageList(root, name, num_classes, report.problem))
+        except DataError as error:
+            report.problem(error)
+    total = sum(map(len, lists))
+    with tqdm(total=total, leave=False, unit="image", disable=not sys.stderr.isatty()) as bar:
+        try:
+            for images in lists:
+                dataset = ImageDataset(images, transform=None, seed=0)
+                for done, problems in check_images(dataset, workers):
+                    for problem in problems:
+                        report.problem(problem)
+                    bar.update(done)
+        except WorkerDied as error:
+            report.problem(error)
+    empty = (empty_classes(images, num_classes) for images in lists)
+    for sentence in itertools.chain(repeated(lists), *empty):
+        report.warning(sentence)
+    sizes = ", ".join(f"{os.path.basename(images.path)} {len(images):,}" for images in lists)
+    print(
+        f"images: {sizes or 'none'}; problems: {report.problems:,}, warnings: {report.warnings:,}"
+    )
+    return 1 if report.problems else 0
+
+
+class Report:
+    """Prints problems and warnings as they come, and counts them."""
+
+    def __init__(self, write):
+        self.problems = self.warnings = 0
+        self._write = write
+
+    def problem(self, sentence):
+        self.problems += 1
+        self._write(str(sentence), file=sys.stdout)
+
+    def warning(self, sentence):
+        self.warnings += 1
+        self._write(str(sentence), file=sys.stdout)
+
+
+class WorkerDied(Exception):
+    """A process ended without a word; the message says where and why."""
+
+
+def check_images(dataset, workers):
+    """Decodes every image of an ImageDataset, in `workers` processes.
+
+    The parent hands out the work and waits on pipes, so that a process that dies is noticed, and
+    nothing grows with the number of images but the sentences.
+
+    Yields:
+        (number of images, list of sentences) of one piece of the list after the other, in order.
+
+    Raises:
+        WorkerDied: a process ended, such as for want of memory.
+    """
+    pieces = iter(range(0, len(dataset), _CHUNK))
+    processes, busy = {}, {}  # of each pipe: its process, and the start of its piece
+    finished, following = {}, 0  # sentences that wait for those of earlier pieces
+    try:
+        for _ in range(min(workers, -(-len(dataset) // _CHUNK))):
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.get_context("fork").Process(
+                target=_work, args=(dataset, theirs, os.getpid()), daemon=True
+            )
+            process.start()
+            theirs.close()  # so that its end is the end of the pipe
+            processes[ours] = process
+            _hand_out(ours, pieces, busy)
+        while busy:
+            for pipe in connection.wait(list(busy)):
+                start = busy.pop(pipe)
+                try:
+                    finished[start] = pipe.recv()
+                except (EOFError, OSError):
+                    raise WorkerDied(_describe_death(processes[pipe], dataset, start)) from None
+                _hand_out(pipe, pieces, busy)
+            while following in finished:
+                yield min(_CHUNK, len(dataset) - following), finished.pop(following)
+                following += _CHUNK
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def _hand_out(pipe, pieces, busy):
+    start = next(pieces, None)
+    if start is not None:
+        busy[pipe] = start
+        with contextlib.suppress(OSError):  # it died: reading from it will say so
+            pipe.send(start)
+
+
+def _work(dataset, pipe, parent):
+    """A process's loop: the start of a piece in, the sentences of its bad images out."""
+    from datasets import DataError
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    launch.die_with_parent(parent, signal.SIGKILL)
+    while True:
+        start = pipe.recv()
+        problems = []
+        for index in range(start, min(start + _CHUNK, len(dataset))):
+            try:
+                dataset.read(index)
+            except DataError as error:
+                problems.append(str(error))
+        pipe.send(problems)
+
+
+def _describe_death(process, dataset, start):
+    process.join(10)
+    code = process.exitcode
+    reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
+    images, last = dataset.images, min(start + _CHUNK, len(dataset)) - 1
+    return (
+        f"{images.path}:{images.line_number(start)}: a process died ({reason}) at an image of the "
+        f"lines up to {images.line_number(last)}, and the check stopped there; where the system "
+        "ended it for want of memory, take fewer -num_workers"
+    )
+
+
+def repeated(lists):
+    """Sentences about the images that an earlier line, or an earlier list, has already."""
+    import numpy as np
+
+    from datasets import show_path
+
+    starts = np.cumsum([0, *map(len, lists)])
+
+    def entry(place):
+        number = np.searchsorted(starts, place, "right") - 1
+        return lists[number], int(place - starts[number])
+
+    def name(images, index):
+        return os.path.normpath(images.image_path(index))
+
+    # Hashes, as a million paths would take hundreds of megabytes.
+    places = range(starts[-1])
+    hashes = np.fromiter((hash(name(*entry(place))) for place in places), np.int64, len(places))
+    _, firsts, groups = np.unique(hashes, return_index=True, return_inverse=True)
+    firsts = firsts[groups.reshape(-1)]
+    for place in np.flatnonzero(firsts != np.arange(len(hashes))):
+        (images, index), (earlier, earlier_index) = entry(place), entry(firsts[place])
+        if name(images, index) != name(earlier, earlier_index):
+            continue  # two paths of one hash
+        label, earlier_label = images.labels[index], earlier.labels[earlier_index]
+        other = f", with the label {earlier_label}" if label != earlier_label else ""
+        yield (
+            f"{images.path}:{images.line_number(index)}: warning: "
+            f"{show_path(images.image_path(index))}: this image is already in "
+            f"{os.path.basename(earlier.path)}:{earlier.line_number(earlier_index)}{other}"
+        )
+
+
+def empty_classes(images, num_classes):
+    """A sentence about the classes that have no image in a list, where there are any."""
+    import numpy as np
+
+    empty = np.flatnonzero(np.bincount(images.labels, minlength=num_classes) == 0)
+    if len(empty):
+        some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        yield (
+            f"{images.path}: warning: {len(empty):,} of {num_classes:,} classes have no image: "
+            f"{some} (-num_classes says how many there are)"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
