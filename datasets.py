@@ -264,7 +264,8 @@ def _collate(samples):
     """uint8 [batch, H, W, 3] and int64 [batch]; an error as one axis and its message's bytes."""
     for sample in samples:
         if isinstance(sample, DataError):
-            return np.zeros(1, np.uint8), np.frombuffer(str(sample).encode(errors="replace"), np.uint8)
+            message = str(sample).encode(errors="replace")  # a path need not be UTF-8
+            return np.zeros(1, np.uint8), np.frombuffer(message, np.uint8)
     pixels, labels = zip(*samples)
     return np.stack(pixels), np.array(labels, dtype=np.int64)
 

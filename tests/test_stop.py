@@ -1,0 +1,110 @@
+"""Ending when asked: the ranks agree on a step and pass a meeting all or none."""
+
+import sys
+
+import pytest
+from program import ROOT, run
+
+# Each rank trains: a step ends when all have begun it.  A rank's signal comes at its own step.
+RANK = """
+import os, signal, sys, time
+import paddle, stop, utils
+
+rank, ranks = utils.init_distributed()
+signal_at = {signal_at}
+def signal_me(step):
+    if signal_at.get(rank) == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+def say(text):
+    open(f"{{sys.argv[1]}}/{{rank}}", "w").write(str(text))
+with stop.request.finishing():
+    {code}
+"""
+TRAIN = """
+    for step in range(1, 60):
+        signal_me(step)
+        utils.all_reduce_sum(paddle.ones([1]))
+        if step % 10 == 0: stop.request.share()
+        if stop.request.is_due(step):
+            say(step)
+            stop.part()
+            break
+    else: say("never")
+"""
+MEET = """
+    try:
+        signal_me(0)
+        stop.meet()
+        if rank == 0: time.sleep(1)
+        signal_me(1)
+        stop.meet()
+        say("passed")
+    except stop.Stopped:
+        say("stopped")
+"""
+
+
+def run_ranks(folder, code, signal_at, ranks=3, before=""):
+    """(exit status, what each rank said, stderr) of ranks that run `code`."""
+    program = before + RANK.format(code=code.strip(), signal_at=signal_at)
+    command = [sys.executable, "-c", program, str(folder)]
+    launcher = f"import sys, launch; sys.exit(launch.run({ranks}, 0, {command!r}))"
+    result = run([sys.executable, "-c", launcher], cwd=ROOT, GLOG_minloglevel="2")
+    said = [(folder / str(rank)) for rank in range(ranks)]
+    return result.status, [path.read_text() if path.exists() else "" for path in said], result.err
+
+
+@pytest.mark.parametrize(
+    "signal_at, steps",
+    [
+        ({0: 5, 1: 5, 2: 5}, range(5, 8)),
+        ({0: 5, 1: 9, 2: 7}, range(9, 12)),
+        ({0: 1, 1: 30, 2: 2}, range(10, 13)),  # the others hear of it at the report of step 10
+        ({2: 14}, range(20, 23)),
+        ({0: 20}, range(20, 23)),
+    ],
+)
+def test_all_ranks_stop_after_the_same_step(signal_at, steps, tmp_path):
+    status, said, err = run_ranks(tmp_path, TRAIN, signal_at)
+    assert status == 0, err
+    assert len(set(said)) == 1 and int(said[0]) in steps, said
+
+
+def test_one_rank_alone_stops_at_once(tmp_path):
+    status, said, err = run_ranks(tmp_path, TRAIN, {0: 7}, ranks=1)
+    assert (status, said) == (0, ["7"]), err
+
+
+def test_without_a_signal_nothing_stops(tmp_path):
+    status, said, err = run_ranks(tmp_path, TRAIN, {}, ranks=2)
+    assert (status, said) == (0, ["never"] * 2), err
+
+
+@pytest.mark.parametrize(
+    "signal_at, said",
+    [({}, "passed"), ({1: 0}, "stopped"), ({0: 1}, "stopped"), ({0: 0, 1: 0, 2: 0}, "stopped")],
+)
+def test_all_ranks_pass_a_meeting_or_none(signal_at, said, tmp_path):
+    status, all_said, err = run_ranks(tmp_path, MEET, signal_at)
+    assert (status, all_said) == (0, [said] * 3), err
+
+
+def test_a_rank_that_was_asked_to_end_and_hangs_is_ended(tmp_path):
+    code = "say('asked'); signal_me(0); time.sleep(1); [None for _ in iter(int, 1)]"
+    status, said, err = run_ranks(
+        tmp_path, code, {0: 0}, ranks=1, before="import stop; stop.LIMIT_SECONDS = 2\n"
+    )
+    assert (status, said) == (128 + 14, ["asked"]) and "SIGALRM" in err
+
+
+def test_a_meeting_to_which_a_rank_never_comes_ends_the_others(tmp_path):
+    code = """
+    say(rank)
+    if rank == 0: stop.meet()
+    while True: time.sleep(1)
+"""
+    status, said, err = run_ranks(
+        tmp_path, code, {}, ranks=2, before="import stop; stop._MEETING_SECONDS = 2\n"
+    )
+    assert status == 1 and said == ["0", "1"]
+    assert "_wait_for_all" in err
