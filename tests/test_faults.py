@@ -207,8 +207,16 @@ MOMENTS = {
 SLOW = {**LONG, "REPORT_FREQ": 1, "DATA.BATCH_SIZE_EVAL": 1}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment, victim",
+    [
+        ("step", 1),
+        ("validation", 0),
+        ("save", 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in
+          (("step", 0), ("validation", 1), ("save", 1))),
+    ],
+)  # fmt: skip
 def test_a_killed_rank_ends_the_run_and_leaves_nothing(
     moment, victim, digits, few_digits, tmp_path
 ):
