@@ -151,7 +151,8 @@ def _describe_failure(failed, code, ranks, reports, folder):
     """Prints which rank failed, with its error and its log.  Returns the exit status."""
     errors = [report for report in reports if "error" in report]
     # The one that knows what went wrong, even where another ended first as a consequence.
-    for own in [error for error in errors if error["status"]][:1]:
+    own = next((error for error in errors if error["status"]), None)
+    if own:
         failed, code = own["rank"], own["status"]
     message = next((error["error"] for error in errors if error["rank"] == failed), None)
     if message:

@@ -140,7 +140,7 @@ def kill_again_and_again(data, output, count, draw):
 def test_a_run_killed_at_any_step_ends_with_the_bits_of_one_never_killed(
     straight, few_digits, tmp_path
 ):
-    out = kill_again_and_again(few_digits, tmp_path, 5, random.Random(0))
+    out = kill_again_and_again(few_digits, tmp_path, 3, random.Random(0))
     assert re.search(r"going on with (the end of )?epoch \d+", out), out
     assert "not bit for bit" not in out
     assert same(checkpoint_of(tmp_path), straight)
@@ -346,8 +346,11 @@ def stopped(few_digits, tmp_path_factory):
         (1, {}, {}, "ranks 2 (now 1)", 13),  # 6 batches of 2 x 10 images are 12 of 10
         (2, {"OMP_NUM_THREADS": "2"}, {}, "threads 1 (now 2)", 7),
         (2, {}, {"DATA.BATCH_SIZE": 20}, "batch_size 10 (now 20)", 4),
-        (2, {}, {"TRAIN.ACCUM_ITER": 4}, "accum_iter 3 (now 4)", 5),  # a step's first batch
-        (2, {}, {"SEED": 1}, "seed 0 (now 1)", 7),
+        # A step's first batch.
+        pytest.param(
+            2, {}, {"TRAIN.ACCUM_ITER": 4}, "accum_iter 3 (now 4)", 5, marks=pytest.mark.slow
+        ),
+        pytest.param(2, {}, {"SEED": 1}, "seed 0 (now 1)", 7, marks=pytest.mark.slow),
     ],
 )
 def test_a_changed_run_goes_on_at_the_same_place_in_the_epoch_and_says_so(
@@ -399,7 +402,7 @@ def command(data, output, opts, *args):
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(few_digits, tmp_path, ranks):
     # A checkpoint is 120 kB, and each epoch keeps another one: the fourth or so finds no room.
     small, saved = tmp_path / "small disk", tmp_path / "saved"
