@@ -121,20 +121,24 @@ def process_ids():
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+def is_stopped(pid):
+    return _stat_of(pid, 0) == "T"
+
+
 def parent_of(pid):
-    return _stat_of(pid, 1)
+    return int(_stat_of(pid, 1))
 
 
 def session_of(pid):
-    return _stat_of(pid, 3)
+    return int(_stat_of(pid, 3))
 
 
 def _stat_of(pid, field):
-    """A number of /proc/<pid>/stat, counted from the state behind the name; None for no process."""
+    """A field of /proc/<pid>/stat, counted from the state behind the name; "-1" for no process."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[field])
-    except (OSError, ValueError):
-        return None
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[field]
+    except OSError:
+        return "-1"
 
 
 def session_exists(session):

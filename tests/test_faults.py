@@ -24,6 +24,7 @@ from program import (
     SMALL,
     batches_in_shared_memory,
     flatten,
+    is_stopped,
     metrics,
     parent_of,
     process_ids,
@@ -80,12 +81,24 @@ def start(data, output, opts, *args, ranks=2, stdout=subprocess.PIPE):
     )  # fmt: skip
 
 
-def watch(condition, process):
-    """As wait_for, but looks all the time, to catch what lasts milliseconds."""
+def freeze_while_writing(output, process):
+    """Stops the rank that writes a checkpoint, in the middle of it.
+
+    A write lasts milliseconds and may be over before the signal is there: then the rank goes on,
+    and the next write is waited for.
+    """
     limit = time.monotonic() + HANG_SECONDS
-    while not condition():
+    while True:
         assert process.poll() is None, "the program ended early"
         assert time.monotonic() < limit, "the program hangs"
+        for path in temporary_files(output):
+            writer = int(path.name.rsplit("-", 1)[1])
+            with contextlib.suppress(ProcessLookupError):  # left by a run killed before
+                os.kill(writer, signal.SIGSTOP)
+                wait_for(lambda writer=writer: is_stopped(writer))
+                if path.exists():
+                    return
+                os.kill(writer, signal.SIGCONT)
 
 
 def processes_of(session):
@@ -125,13 +138,12 @@ def kill_again_and_again(data, output, count, draw):
         process = start(data, output, EVERY_STEP, "-num_workers", number % 2)
         wait_for(lambda enough=enough: log_of(output).count("saved") >= enough, process)
         if number == while_writing:
-            watch(lambda: temporary_files(output), process)
+            freeze_while_writing(output, process)
         else:
             time.sleep(draw.random() / 5)
         assert process.poll() is None, "the run was over before it could be killed"
         kill_all(process)
         if number == while_writing:
-            assert temporary_files(output), "the write was over before the kill"
             newest = max(output.glob("train-*/*.pdparams"), key=lambda path: path.stat().st_mtime)
             pdparams.read(newest, require_checksum=True)
     return start(data, output, EVERY_STEP).communicate(timeout=HANG_SECONDS)[0]
@@ -192,16 +204,22 @@ def test_a_signal_to_one_rank_alone_ends_all_of_them_at_the_same_step(ranks, few
 
 
 class Moment:
-    """When to strike: `has_come` looks at the output folder; `missing` is not logged after it."""
+    """When to strike: at the log line `seen`, or in a write; `missing` is not logged after it."""
 
-    def __init__(self, has_come, missing):
-        self.has_come, self.missing = has_come, missing
+    def __init__(self, seen, missing):
+        self.seen, self.missing = seen, missing
+
+    def wait(self, output, process):
+        if self.seen is None:
+            freeze_while_writing(output, process)
+        else:
+            wait_for(lambda: self.seen in log_of(output), process)
 
 
 MOMENTS = {
-    "step": Moment(lambda output: "batch 4/" in log_of(output), "epoch 1/8: loss"),
-    "validation": Moment(lambda output: "epoch 1/8: loss" in log_of(output), "epoch 1 ema: Acc@1"),
-    "save": Moment(lambda output: temporary_files(output), "epoch 2/8"),
+    "step": Moment("batch 4/", "epoch 1/8: loss"),
+    "validation": Moment("epoch 1/8: loss", "epoch 1 ema: Acc@1"),
+    "save": Moment(None, "epoch 2/8"),
 }
 # Hundreds of batches in an epoch and in a validation, so that a kill hits where it is meant to.
 SLOW = {**LONG, "REPORT_FREQ": 1, "DATA.BATCH_SIZE_EVAL": 1}
@@ -222,7 +240,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_nothing(
 ):
     data, before = few_digits if moment == "save" else digits, batches_in_shared_memory()
     process = start(data, tmp_path, SLOW, "-num_workers", 1)
-    watch(lambda: MOMENTS[moment].has_come(tmp_path), process)
+    MOMENTS[moment].wait(tmp_path, process)
     os.kill(children_of(process.pid)[victim], signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 137, out
