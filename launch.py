@@ -3,12 +3,14 @@
 `paddle.distributed.launch` starts ranks on many hosts; under it `is_rank()` is true and nothing is
 started here.  On one host this module does the same with less ceremony.  It is our own because
 `paddle.distributed.spawn` leaves the ranks running when their parent is killed, and needs Paddle in
-the parent before the number of threads per rank is known.  Nothing here imports Paddle.
+the parent before the number of threads per rank is known.  Paddle is imported by
+import_paddle() alone.
 """
 
 import contextlib
 import ctypes
 import glob
+import io
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 _GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that of the others
 _REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
@@ -54,6 +57,18 @@ def set_threads(ranks):
     Has to run before Paddle is imported: Paddle takes one thread where the variable is unset.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+
+
+def import_paddle():
+    """Paddle with this rank's share of the cores, without its notes and its signal handlers."""
+    set_threads(local_ranks())
+    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
+    warnings.filterwarnings("ignore", message="No ccache found")
+    with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
+        import paddle
+
+    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
+    return paddle
 
 
 def default_workers(on_gpu):
@@ -177,6 +192,14 @@ def die_with_parent(parent, number):
         ctypes.CDLL(None).prctl(1, number)  # 1 is PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
+
+
+def describe_error(error):
+    """One sentence; an OSError's own text would begin with its number."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    # Without a file name it is one of pdparams.write's, with the sentence in strerror.
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def report_error(message, status=None):

@@ -6,14 +6,11 @@
 """
 
 import argparse
-import contextlib
 import functools
-import io
 import os
 import signal
 import sys
 import traceback
-import warnings
 
 try:
     import launch
@@ -76,24 +73,10 @@ def main(argv):
     return launch.run(ranks, gpus, [sys.executable, os.path.abspath(__file__), *argv])
 
 
-def describe_error(error):
-    """One sentence; an OSError's own text would begin with its number."""
-    if not (isinstance(error, OSError) and error.strerror):
-        return str(error)
-    # Without a file name it is one of pdparams.write's, with the sentence in strerror.
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-
-
 def run(config):
     """One rank's work.  Returns the exit status: 0, 1 (failed while running), 2 (asked wrongly)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; trainer.py has its own handler
-    launch.set_threads(launch.local_ranks())
-    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
-    warnings.filterwarnings("ignore", message="No ccache found")
-    with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
-        import paddle
-
-    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
+    launch.import_paddle()
     import worker
     from datasets import explain_dead_workers
     from trainer import Trainer
@@ -103,13 +86,13 @@ def run(config):
         parts = worker.Worker(config)
         program = functools.partial(worker.evaluate, parts) if config.EVAL else Trainer(parts).run
     except worker.SETUP_ERRORS as error:
-        launch.report_error(describe_error(error), 2)
+        launch.report_error(launch.describe_error(error), 2)
         return 2
     try:
         with explain_dead_workers():
             program()
     except worker.RUN_ERRORS as error:
-        message = describe_error(error)
+        message = launch.describe_error(error)
         parts.log.error(message)
         launch.report_error(message, 1)
         return 1

@@ -11,12 +11,12 @@ import sys
 import termios
 import time
 
-import check_dataset
 import numpy as np
 import pytest
 from PIL import Image
 from program import HANG_SECONDS, ROOT, parent_of, process_ids, run
 
+import check_dataset
 from datasets import DataError, ImageDataset, ImageList
 
 TOOL = ROOT / "tools" / "check_dataset.py"

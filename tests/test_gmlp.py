@@ -7,12 +7,12 @@ import golden
 import numpy as np
 import paddle
 import pytest
-from model_table import count_multiply_adds, count_parameters
 from paddle import nn
 from paddle.nn import functional as F
 from program import ROOT, run
 
 from gmlp import DropPath, GMLPBlock, build_gmlp
+from model_table import count_multiply_adds, count_parameters
 
 VARIANTS = ("gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224")
 # timm 1.0.31: parameters, multiply-adds of convolution, linear and matmul at 224 pixels.

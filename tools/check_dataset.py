@@ -11,24 +11,16 @@ none), 2 for what was asked wrongly.
 
 import argparse
 import contextlib
-import io
 import itertools
 import multiprocessing
 import os
 import signal
 import sys
-import warnings
 from multiprocessing import connection
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-try:
-    import launch
-    from config import ConfigError, get_config, update_config
-except ModuleNotFoundError as error:
-    sys.exit(f"this Python has no package {error.name}: see the README's install section")
+import cli
+import launch
+from config import ConfigError, get_config, update_config
 
 # Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.
 
@@ -51,51 +43,26 @@ def build_parser():
     return parser
 
 
-def main(argv):
+def work(args):
     """Checks what the arguments say.  Returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        config = update_config(get_config(), args)
-    except ConfigError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    config = update_config(get_config(), args)
     if not any(os.path.exists(os.path.join(args.data_path, name)) for name in args.lists):
-        print(
-            f"{parser.prog}: {args.data_path} has no {' or '.join(args.lists)} (README, data "
-            "preparation)",
-            file=sys.stderr,
+        raise ConfigError(
+            f"{args.data_path} has no {' or '.join(args.lists)} (README, data preparation)"
         )
-        return 2
-    signal.signal(signal.SIGINT, _leave)
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text of this terminal
     workers = config.DATA.NUM_WORKERS
     workers = launch.available_cores() if workers < 0 else max(1, workers)
-    try:
-        return check(args.data_path, args.lists, config.MODEL.NUM_CLASSES, workers)
-    except BrokenPipeError:  # such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _leave(number, frame):
-    signal.signal(number, signal.SIG_IGN)  # once is enough
-    sys.exit(128 + number)
+    return check(args.data_path, args.lists, config.MODEL.NUM_CLASSES, workers)
 
 
 def check(root, names, num_classes, workers):
     """Checks the lists of a folder, and prints what is wrong.  Returns the exit status."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    warnings.filterwarnings("ignore", message="No ccache found")
-    with contextlib.redirect_stderr(io.StringIO()):
-        import paddle
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core does the work
+    cli.import_paddle()
     from tqdm import tqdm
 
     from datasets import DataError, ImageDataset, ImageList
 
-    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
-    signal.signal(signal.SIGTERM, _leave)
     report = Report(tqdm.write)
     lists = []
     for name in dict.fromkeys(names):
@@ -271,4 +238,4 @@ def empty_classes(images, num_classes):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.run(build_parser(), work))
