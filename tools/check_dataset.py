@@ -10,6 +10,7 @@ none), 2 for what was asked wrongly.
 """
 
 import argparse
+import collections
 import contextlib
 import itertools
 import multiprocessing
@@ -72,15 +73,12 @@ def check(root, names, num_classes, workers):
             report.problem(error)
     total = sum(map(len, lists))
     with tqdm(total=total, leave=False, unit="image", disable=not sys.stderr.isatty()) as bar:
-        try:
-            for images in lists:
-                dataset = ImageDataset(images, transform=None, seed=0)
-                for done, problems in check_images(dataset, workers):
-                    for problem in problems:
-                        report.problem(problem)
-                    bar.update(done)
-        except WorkerDied as error:
-            report.problem(error)
+        for images in lists:
+            dataset = ImageDataset(images, transform=None, seed=0)
+            for done, problems in check_images(dataset, workers):
+                for problem in problems:
+                    report.problem(problem)
+                bar.update(done)
     empty = (empty_classes(images, num_classes) for images in lists)
     for sentence in itertools.chain(repeated(lists), *empty):
         report.warning(sentence)
@@ -107,71 +105,80 @@ class Report:
         self._write(str(sentence), file=sys.stdout)
 
 
-class WorkerDied(Exception):
-    """A process ended without a word; the message says where and why."""
-
-
 def check_images(dataset, workers):
     """Decodes every image of an ImageDataset, in `workers` processes.
 
     The parent hands out the work and waits on pipes, so that a process that dies is noticed, and
-    nothing grows with the number of images but the sentences.
+    nothing grows with the number of images but the sentences.  What a process died of is looked
+    for image by image, in new processes.
 
     Yields:
         (number of images, list of sentences) of one piece of the list after the other, in order.
-
-    Raises:
-        WorkerDied: a process ended, such as for want of memory.
     """
-    pieces = iter(range(0, len(dataset), _CHUNK))
-    processes, busy = {}, {}  # of each pipe: its process, and the start of its piece
-    finished, following = {}, 0  # sentences that wait for those of earlier pieces
+    size = len(dataset)
+    pieces = iter([(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)])
+    again = collections.deque()  # images of pieces that a process died of, before all others
+    processes, busy = {}, {}  # of each pipe: its process, and its piece
+    finished, following = {}, 0  # (end, sentences) that wait for those of earlier pieces
     try:
-        for _ in range(min(workers, -(-len(dataset) // _CHUNK))):
-            ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.get_context("fork").Process(
-                target=_work, args=(dataset, theirs, os.getpid()), daemon=True
-            )
-            process.start()
-            theirs.close()  # so that its end is the end of the pipe
-            processes[ours] = process
-            _hand_out(ours, pieces, busy)
+        for _ in range(min(workers, -(-size // _CHUNK))):
+            _start(dataset, processes, busy, next(pieces))
         while busy:
             for pipe in connection.wait(list(busy)):
-                start = busy.pop(pipe)
+                start, end = busy.pop(pipe)
                 try:
-                    finished[start] = pipe.recv()
+                    finished[start] = end, pipe.recv()
+                    died = False
                 except (EOFError, OSError):
-                    raise WorkerDied(_describe_death(processes[pipe], dataset, start)) from None
-                _hand_out(pipe, pieces, busy)
+                    died = True
+                    process = processes.pop(pipe)
+                    if end - start == 1:
+                        finished[start] = end, [_describe_death(process, dataset, start)]
+                    else:
+                        again.extendleft((i, i + 1) for i in reversed(range(start, end)))
+                piece = again.popleft() if again else next(pieces, None)
+                if piece and died:
+                    _start(dataset, processes, busy, piece)
+                elif piece:
+                    _hand_out(pipe, piece, busy)
             while following in finished:
-                yield min(_CHUNK, len(dataset) - following), finished.pop(following)
-                following += _CHUNK
+                start, (following, problems) = following, finished.pop(following)
+                yield following - start, problems
     finally:
         for process in processes.values():
             process.kill()
             process.join()
 
 
-def _hand_out(pipe, pieces, busy):
-    start = next(pieces, None)
-    if start is not None:
-        busy[pipe] = start
-        with contextlib.suppress(OSError):  # it died: reading from it will say so
-            pipe.send(start)
+def _start(dataset, processes, busy, piece):
+    """A new process, with its first piece."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_work, args=(dataset, theirs, os.getpid()), daemon=True
+    )
+    process.start()
+    theirs.close()  # so that its end is the end of the pipe
+    processes[ours] = process
+    _hand_out(ours, piece, busy)
+
+
+def _hand_out(pipe, piece, busy):
+    busy[pipe] = piece
+    with contextlib.suppress(OSError):  # it died: reading from it will say so
+        pipe.send(piece)
 
 
 def _work(dataset, pipe, parent):
-    """A process's loop: the start of a piece in, the sentences of its bad images out."""
+    """A process's loop: a piece in, the sentences of its bad images out."""
     from datasets import DataError
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     launch.die_with_parent(parent, signal.SIGKILL)
     while True:
-        start = pipe.recv()
+        start, end = pipe.recv()
         problems = []
-        for index in range(start, min(start + _CHUNK, len(dataset))):
+        for index in range(start, end):
             try:
                 dataset.read(index)
             except DataError as error:
@@ -179,15 +186,14 @@ def _work(dataset, pipe, parent):
         pipe.send(problems)
 
 
-def _describe_death(process, dataset, start):
+def _describe_death(process, dataset, index):
     process.join(10)
     code = process.exitcode
     reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-    images, last = dataset.images, min(start + _CHUNK, len(dataset)) - 1
+    images = dataset.images
     return (
-        f"{images.path}:{images.line_number(start)}: a process died ({reason}) at an image of the "
-        f"lines up to {images.line_number(last)}, and the check stopped there; where the system "
-        "ended it for want of memory, take fewer -num_workers"
+        f"{images.path}:{images.line_number(index)}: a process died of this image ({reason}); "
+        "where the system ended it for want of memory, take fewer -num_workers"
     )
 
 
