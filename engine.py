@@ -75,6 +75,7 @@ def train_one_epoch(training, batches, epoch, total, first_batch=0, losses=None)
     images_seen, start = 0, time.perf_counter()
     for batch, (images, labels) in enumerate(batches, first_batch):
         loss = _train_batch(training, images, labels, epoch, batch, total)
+        stop.request.show_life()
         recent.add(loss)
         losses.add(loss)
         images_seen += len(labels)

@@ -12,6 +12,7 @@ import ctypes
 import glob
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ import time
 import warnings
 
 _GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that of the others
+_SILENCE_SECONDS = 60  # of ranks that were asked to end: one that hangs has no other end
+_SAME_REQUEST_SECONDS = 1  # some schedulers signal a process and then its group
 _REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
 
 
@@ -127,8 +130,9 @@ def run(ranks, gpus, command):
     """Runs `command` once for each rank on this host and waits for all of them.
 
     When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM reach the
-    ranks as a SIGTERM, the second one as a SIGKILL.  When this process is killed, the kernel sends
-    them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed rank.
+    ranks as a SIGTERM, the second one as a SIGKILL; so does the first, where the ranks then show no
+    sign of life (report_alive, report_busy).  When this process is killed, the kernel sends them a
+    SIGTERM.  No process, temporary file or batch in shared memory is left of a killed rank.
 
     Args:
         ranks: number of processes.
@@ -139,36 +143,36 @@ def run(ranks, gpus, command):
         The exit status: 0, the first failed rank's, or 128 + the signal that ended it or us.
     """
     reader, writer = os.pipe()
-    received = []
+    reports, received = _Reports(reader), _Signals()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, received.take)
     _adopt_orphans()
     processes = [
         _start_rank(rank, env, command, writer)
         for rank, env in enumerate(_environments(ranks, bool(gpus)))
     ]
     os.close(writer)
-    failed = _wait(processes, received)
+    failed = _wait(processes, received, reports)
     pids = _end_groups([process.pid for process in processes])
-    reports = _read_reports(reader)
-    folder = next((report["folder"] for report in reports if "folder" in report), None)
+    reports.read()
     remove_batches(pids)
-    if folder:
-        _remove_temporary_files(folder, pids)
-    if received:
-        return 128 + received[0]
-    if failed is None:
-        return 0
-    return _describe_failure(failed, processes[failed].returncode, ranks, reports, folder)
-
-
-def _describe_failure(failed, code, ranks, reports, folder):
-    """Prints which rank failed, with its error and its log.  Returns the exit status."""
-    errors = [report for report in reports if "error" in report]
-    # The one that knows what went wrong, even where another ended first as a consequence.
-    own = next((error for error in errors if error["status"]), None)
+    if reports.folder:
+        _remove_temporary_files(reports.folder, pids)
+    code = 0 if failed is None else processes[failed].returncode
+    # The rank that knows what went wrong, even where another ended first as a consequence.
+    own = next((error for error in reports.errors if error["status"]), None)
     if own:
-        failed, code = own["rank"], own["status"]
+        return _describe_failure(own["rank"], own["status"], ranks, reports)
+    if code == 0:
+        return 0
+    if received.first and (code in _AS_ASKED or received.again):
+        return 128 + received.first
+    return _describe_failure(failed, code, ranks, reports)
+
+
+def _describe_failure(failed, code, ranks, reports):
+    """Prints which rank failed, with its error and its log.  Returns the exit status."""
+    errors, folder = reports.errors, reports.folder
     message = next((error["error"] for error in errors if error["rank"] == failed), None)
     if message:
         print(message, file=sys.stderr, flush=True)
@@ -218,6 +222,16 @@ def report_error(message, status=None):
 def report_folder(folder):
     """Tells the launcher where this run's files are: it names the log of a rank that fails."""
     _report(folder=os.path.abspath(folder))
+
+
+def report_alive():
+    """Tells the launcher that this rank, which was asked to end, gets on."""
+    _report()
+
+
+def report_busy(busy):
+    """Tells the launcher when a rank begins, and ends, what may take long for a good reason."""
+    _report(busy=busy)
 
 
 def remove_batches(pids):
@@ -292,20 +306,77 @@ def _adopt_orphans():
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # 36 is PR_SET_CHILD_SUBREAPER
 
 
-def _wait(processes, received):
+# What a rank ends with that was asked to: by stop.py, or before that by the signal itself.
+_AS_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+class _Signals:
+    """The signals that this process got.
+
+    Attributes:
+        first: the number of the first one, None before it.
+        again: whether there was another one that is not the same request.
+    """
+
+    def __init__(self):
+        self.first, self.again = None, False
+
+    def take(self, number, frame):
+        if self.first is None:
+            self.first, self._time = number, time.monotonic()
+        elif time.monotonic() > self._time + _SAME_REQUEST_SECONDS:
+            self.again = True
+
+
+class _Reports:
+    """What the ranks have said on the pipe.
+
+    Attributes:
+        folder: the run's folder; None before it is known.
+        errors: the reports of errors, as dicts, in their order.
+    """
+
+    def __init__(self, reader):
+        # A process that a rank leaves behind may hold the other end open for good.
+        os.set_blocking(reader, False)
+        self._reader, self._rest = reader, b""
+        self._busy = set()
+        self.folder, self.errors = None, []
+
+    def read(self):
+        """Takes what is there now.  Returns whether a rank gets on, or has reason not to."""
+        with contextlib.suppress(BlockingIOError):  # nothing there
+            self._rest += os.read(self._reader, 1 << 20)
+        *lines, self._rest = self._rest.split(b"\n")
+        for report in map(json.loads, lines):
+            self.folder = report.get("folder", self.folder)
+            if "error" in report:
+                self.errors.append(report)
+            if "busy" in report:
+                (self._busy.add if report["busy"] else self._busy.discard)(report["rank"])
+        return bool(lines or self._busy)
+
+
+def _wait(processes, received, reports):
     """Waits for all; ends the rest when one fails or a signal came.  The first failed rank."""
-    failed = None
-    deadline = None
-    passed_on = 0
+    failed, signalled, deadline = None, False, math.inf
     while None in (codes := [process.poll() for process in processes]):
+        now, heard = time.monotonic(), reports.read()
         if failed is None and (failed := _first_failed(codes)) is not None:
-            asked = codes[failed] == 128 + signal.SIGTERM
-            deadline = time.monotonic() + (_GRACE_SECONDS if asked else 0)
-        if passed_on < len(received):
-            passed_on += 1
-            _signal_all(processes, signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
-        if deadline and time.monotonic() >= deadline:
+            deadline = now + (_GRACE_SECONDS if codes[failed] in _AS_ASKED else 0)
+        elif received.first and not signalled:
+            signalled, deadline = True, now + _SILENCE_SECONDS
+            _signal_all(processes, signal.SIGTERM)
+        elif failed is None and signalled and heard:
+            deadline = now + _SILENCE_SECONDS
+        if received.again or now >= deadline:
+            if failed is None and not received.again:
+                print(
+                    f"asked to end, the ranks show no sign of life for {_SILENCE_SECONDS} s: "
+                    "killing them", file=sys.stderr, flush=True,
+                )  # fmt: skip
             _signal_all(processes, signal.SIGKILL)
+            deadline = math.inf
         time.sleep(0.02)
     return _first_failed(codes) if failed is None else failed
 
@@ -341,11 +412,3 @@ def _remove_temporary_files(folder, pids):
         for path in glob.glob(os.path.join(glob.escape(folder), f".*.tmp-{pid}")):
             with contextlib.suppress(OSError):
                 os.remove(path)
-
-
-def _read_reports(reader):
-    # What is there now: a process that a rank left behind may hold the other end open for good.
-    os.set_blocking(reader, False)
-    with open(reader, "rb", buffering=0) as file:
-        lines = (file.read(1 << 20) or b"").split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]

@@ -93,8 +93,8 @@ def run(config):
             program()
     except worker.RUN_ERRORS as error:
         message = launch.describe_error(error)
-        parts.log.error(message)
         launch.report_error(message, 1)
+        parts.log.error(message)
         return 1
     except Exception as error:  # a bug, or a rank that another one left alone
         parts.log.error(traceback.format_exc(), extra={"file_only": True})

@@ -17,9 +17,7 @@ import time
 import paddle
 from paddle import distributed as dist
 
-# A rank that has not ended this long after the signal hangs, most likely in a collective operation
-# whose other side is gone.  The kernel ends it, as Python code no longer runs then.
-LIMIT_SECONDS = 60
+from launch import report_alive
 
 # Further behind is only a rank whose host is gone without closing its connections.  This one waits
 # for it in C++ code then, which neither ends by itself nor lets Python run.
@@ -62,7 +60,11 @@ class StopRequest:
         """The signals' handler; a second one does not end what the first has begun."""
         if self.number is None:
             self.number = number
-            signal.alarm(LIMIT_SECONDS)
+
+    def show_life(self):
+        """Tells the launcher, once a signal has come, that another batch is done."""
+        if self.number is not None:
+            report_alive()
 
     def is_due(self, steps):
         """Whether all ranks stop now; to be asked on every rank after each optimizer step.

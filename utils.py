@@ -106,7 +106,7 @@ class _ConsoleHandler(logging.Handler):
     """Prints on standard output, above a progress bar where there is one."""
 
     def emit(self, record):
-        with contextlib.suppress(BrokenPipeError):  # such as `| head`: the run itself goes on
+        with contextlib.suppress(OSError):  # such as `| head`, a full disk: the run itself goes on
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 

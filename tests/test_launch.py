@@ -36,13 +36,15 @@ def environment(monkeypatch):
     return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
 
-def start_launcher(folder, ranks, rank_code, gpus=0, grace=launch._GRACE_SECONDS):
-    """A process that runs `rank_code` (argument: `folder`) in so many ranks."""
+def start_launcher(folder, ranks, rank_code, gpus=0, **seconds):
+    """A process that runs `rank_code` (argument: `folder`) in so many ranks.
+
+    Args:
+        seconds: launch's limits, such as grace for _GRACE_SECONDS.
+    """
     command = [sys.executable, "-c", rank_code, str(folder)]
-    code = (
-        f"import sys, launch; launch._GRACE_SECONDS = {grace}\n"
-        f"sys.exit(launch.run({ranks}, {gpus}, {command!r}))"
-    )
+    limits = "; ".join(f"launch._{name.upper()}_SECONDS = {n}" for name, n in seconds.items())
+    code = f"import sys, launch; {limits}\nsys.exit(launch.run({ranks}, {gpus}, {command!r}))"
     with open(folder / "stderr", "w") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, stderr=file, start_new_session=True
@@ -283,7 +285,7 @@ import os, signal, sys, time
 {STARTED}
 if rank == "1": sys.exit(143)
 while os.path.exists(f"/proc/{{open(sys.argv[1] + '/1').read()}}/fd/0"): pass
-time.sleep(1)
+time.sleep({1 if ends else HANG_SECONDS})
 open(f"{{sys.argv[1]}}/followed", "w")
 sys.exit(143)
 """
@@ -395,8 +397,64 @@ signal.signal(signal.SIGTERM, take_time)
     wait_until((tmp_path / "asked").exists)
     assert is_running(ranks[0])
     launcher.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert is_running(ranks[0])  # schedulers signal a process and then its group: one request
+    time.sleep(0.6)
+    launcher.send_signal(signal.SIGINT)
     assert launcher.wait(HANG_SECONDS) == 130
     assert not is_running(ranks[0])
+
+
+def test_a_rank_that_was_asked_to_end_and_hangs_is_killed(tmp_path):
+    # In C++ code, where no Python handler runs: here, with the signal blocked.
+    code = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+    launcher = start_launcher(tmp_path, 2, code + WAIT, silence=1)
+    ranks = started(tmp_path, 2)
+    launcher.terminate()
+    assert launcher.wait(HANG_SECONDS) == 137
+    err = (tmp_path / "stderr").read_text()
+    assert "show no sign of life for 1 s" in err and "rank 0 of 2 failed (SIGKILL)" in err
+    assert not any(map(is_running, ranks))
+
+
+@pytest.mark.parametrize("sign", ["launch.report_alive()", "launch.report_busy(True)"])
+def test_ranks_that_get_on_have_the_time_they_need(tmp_path, sign):
+    code = f"""
+import launch, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+{STARTED}
+while not asked: time.sleep(0.01)
+{sign}
+for _ in range(20):
+    time.sleep(0.1)
+    if "alive" in {sign!r}: {sign}
+sys.exit(143)
+"""
+    launcher = start_launcher(tmp_path, 2, code, silence=1)
+    started(tmp_path, 2)
+    launcher.terminate()
+    assert launcher.wait(HANG_SECONDS) == 143
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "end, status, said",
+    [
+        ("launch.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rank 0 of 1 failed (SIGKILL)"),
+        ("sys.exit(0)", 0, ""),  # it was done already
+        ("sys.exit(143)", 143, ""),
+    ],
+)
+def test_143_says_that_the_run_ended_as_asked(tmp_path, end, status, said):
+    code = f"import launch, os, signal, sys\ndef act(*_): {end}\n"
+    launcher = start_launcher(tmp_path, 1, code + "signal.signal(signal.SIGTERM, act)\n" + WAIT)
+    started(tmp_path, 1)
+    launcher.terminate()
+    assert launcher.wait(HANG_SECONDS) == status
+    err = (tmp_path / "stderr").read_text()
+    assert said in err and bool(said) == bool(err)
 
 
 def test_ctrl_c_reaches_the_ranks_as_one_request_to_end(tmp_path):
@@ -404,7 +462,7 @@ def test_ctrl_c_reaches_the_ranks_as_one_request_to_end(tmp_path):
 import signal, sys
 def tidy(*_):
     open(f"{sys.argv[1]}/tidy", "w")
-    sys.exit(0)
+    sys.exit(143)
 signal.signal(signal.SIGTERM, tidy)
 """
     launcher = start_launcher(tmp_path, 1, code + WAIT)
