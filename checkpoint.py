@@ -65,6 +65,7 @@ def read(path, require_checksum=False):
     else:
         weights_of({"model": tree["model_ema"]}, path)
     wrong = [key for key in ("epoch", "step", "batch") if not _is_count(tree.get(key, 0))]
+    wrong += ["batch"] if "batch" not in wrong and not _is_batch_of(tree) else []
     wrong += ["loss"] if not _is_finite(tree.get("loss", 0.0)) else []
     wrong += ["amp_grad_scaler"] if not isinstance(tree.get("amp_grad_scaler", {}), dict) else []
     wrong += ["run"] if not _is_run(tree.get("run", {})) else []
@@ -94,6 +95,17 @@ def _is_run(value):
         _is_count(v) or (type(v) is str and v.isprintable() and len(v) <= 200)
         for v in value.values()
     )
+
+
+def _is_batch_of(tree):
+    """Whether an epoch of the run that made a checkpoint has as many batches as it counts."""
+    run = tree.get("run", {})
+    if not tree.get("batch") or not isinstance(run, dict):
+        return True
+    images, batch_size, ranks = (run.get(key) for key in ("images", "batch_size", "ranks"))
+    if not all(type(value) is int and value > 0 for value in (images, batch_size, ranks)):
+        return False
+    return tree["batch"] * batch_size * ranks <= images
 
 
 def _is_best(value):
@@ -175,7 +187,8 @@ def restore_optimizer(optimizer, model, state):
     current = optimizer.state_dict()
     names = _state_names(optimizer, model, current)
     if not isinstance(state, dict) or any(
-        np.shape(state.get(structured)) != tuple(current[own].shape)
+        getattr(state.get(structured), "shape", None) != tuple(current[own].shape)
+        or state[structured].dtype.kind != "f"
         for structured, own in names.items()
     ):
         return False
@@ -195,7 +208,7 @@ def _state_names(optimizer, model, state):
     return names
 
 
-def save(folder, tree, names=()):
+def save(folder, tree, names=(), before=None):
     """Writes a checkpoint as `last.pdparams`; the one before becomes `previous.pdparams`.
 
     Whenever the process is killed, the newest complete checkpoint has a name and so has another.
@@ -204,6 +217,8 @@ def save(folder, tree, names=()):
         folder: the run's folder.
         tree: what to write, see pdparams.write.
         names: further names for the same file, without the suffix.
+        before: path of the checkpoint that this run has saved last, or went on from; a damaged
+            `last.pdparams` that was passed over is not it.
 
     Raises:
         OSError: the disk is full, the folder gone or read-only; the earlier files are as they were.
@@ -214,8 +229,8 @@ def save(folder, tree, names=()):
     pdparams.write(new, tree)
     for other in others:
         _link(new, other)
-    if os.path.exists(last):
-        _link(last, previous)
+    if before and os.path.dirname(before) == os.fspath(folder) and before != previous:
+        _link(before, previous)
     os.replace(new, last)
 
 
@@ -230,7 +245,7 @@ def remove_old_epochs(folder, count):
         A sentence for the log for each file that was removed, or why none was.
     """
     pattern = os.path.join(glob.escape(folder), "Epoch-*.pdparams")
-    paths = _newest_first(pattern)
+    paths = list(_newest_first(pattern))
     old = paths[count:]
     if not old:
         return []
@@ -259,7 +274,7 @@ def _link(source, target):
         try:
             os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, temporary)
+            shutil.copy2(source, temporary)  # with its time, by which the newest is found
         os.replace(temporary, target)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -269,17 +284,18 @@ def _link(source, target):
 
 
 def candidates(save_folder):
-    """The training checkpoints of all runs in a folder, newest first."""
+    """The training checkpoints of all runs in a folder: path to time (ns), newest first."""
     pattern = os.path.join(glob.escape(save_folder), "train-*", "*.pdparams")
-    return [p for p in _newest_first(pattern) if os.path.basename(p) != "best_weights.pdparams"]
+    times = _newest_first(pattern)
+    return {p: time for p, time in times.items() if os.path.basename(p) != "best_weights.pdparams"}
 
 
 def _newest_first(pattern):
-    ages = {}
+    times = {}
     for path in glob.glob(pattern):
         with contextlib.suppress(OSError):  # a dangling link
-            ages[path] = os.stat(path).st_mtime_ns
-    return sorted(ages, key=lambda path: (ages[path], _order(path)), reverse=True)
+            times[path] = os.stat(path).st_mtime_ns
+    return dict(sorted(times.items(), key=lambda item: (item[1], _order(item[0])), reverse=True))
 
 
 def _order(path):

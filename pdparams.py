@@ -128,6 +128,8 @@ def write(path, tree):
         open(temporary, "wb").close()  # fails without a folder, which paddle.save would create
         paddle.save(tree, temporary, protocol=4)
         _append_trailer(temporary)
+        if os.path.getsize(temporary) > _MAX_SIZE:
+            raise WeightsError(f"{shown} cannot be written: above {_MAX_SIZE >> 30} GB")
         os.replace(temporary, path)
     except BaseException as error:  # Ctrl-C too
         with suppress(OSError):

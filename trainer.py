@@ -18,6 +18,7 @@ import stop
 import utils
 from config import ConfigError
 from datasets import DataError, TrainSampler, batches_per_epoch
+from launch import report_busy
 from transforms import build_batch_transform
 from worker import build_model, describe_scores
 
@@ -262,7 +263,9 @@ class Trainer:
         """Rank 0 writes; the others know that it does, and go on."""
         self._check_weights()
         if self.worker.rank == 0:
+            report_busy(True)  # a slow disk is no hang
             self._write_files(keep, best)
+            report_busy(False)
         path = os.path.join(self.worker.folder, "last.pdparams")
         self.saved, self.saved_place = path, self.place
 
@@ -280,7 +283,7 @@ class Trainer:
         if best:
             path = os.path.join(folder, "best_weights.pdparams")
             pdparams.write(path, self.ema.average.state_dict())
-        checkpoint.save(folder, self._state(), names)
+        checkpoint.save(folder, self._state(), names, before=self.saved)
         names = ", ".join(f"{name}.pdparams" for name in ("last", *names))
         self.worker.log.info(f"saved {names} ({self._describe_place()})")
         if keep and self.config.KEEP_LAST:
@@ -301,15 +304,13 @@ class Trainer:
 
     def _save_and_leave(self):
         """The end of a run that was asked to end: all ranks have done the same steps."""
-        signal.alarm(0)  # this is no hang, however long it takes
-        if self.saved_place != self.place:
+        if self.saved_place != self.place or os.path.dirname(self.saved) != self.worker.folder:
             self._write()
         self.worker.log.info(
             f"stopped as asked after {self._describe_place()}; to go on: the same command with "
             f"-resume auto, or with -resume {self.saved}"
         )
         stop.part()
-        signal.alarm(stop.LIMIT_SECONDS)
         sys.exit(128 + (stop.request.number or signal.SIGTERM))
 
     def _run_facts(self):

@@ -55,6 +55,8 @@ class Worker:
         self.folder = self._make_folder()
         report_folder(self.folder)
         self._claim_folder()
+        if self._has_news():
+            self.start, self.start_path = self._load_start()
         self.log = utils.setup_logging(self.folder, self.rank)
         self.metrics = utils.MetricsFile(self.folder, self.rank)
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
@@ -83,13 +85,16 @@ class Worker:
 
     def _read_everywhere(self, path, require_checksum):
         """A checkpoint on every rank: read by each, or sent by rank 0 to hosts without the file."""
-        here = os.path.isfile(path)
-        if self.world_size == 1 or not utils.broadcast_object(here):
+        here = self.world_size > 1 and os.path.isfile(path) and pdparams.sha256(path)
+        wanted = utils.broadcast_object(here)
+        if not wanted:
             return self._read_checkpoint(path, require_checksum)
-        if int(utils.all_reduce_sum(paddle.to_tensor(int(here)))) == self.world_size:
+        if int(utils.all_reduce_sum(paddle.to_tensor(int(here == wanted)))) == self.world_size:
             return self._read_checkpoint(path, require_checksum)
         state = self._read_checkpoint(path, require_checksum) if self.rank == 0 else None
-        self.warnings.append(f"{path} is not on every host: rank 0 has sent it to all ranks")
+        self.warnings.append(
+            f"{path} is not the same file on every host: rank 0 has sent its own to all ranks"
+        )
         stop.meet()  # reading a large file may have taken rank 0 long
         return utils.broadcast_object(state)
 
@@ -103,17 +108,25 @@ class Worker:
     def _find_newest(self):
         """The newest valid checkpoint of this model, or None; rank 0 searches, so all agree."""
         found = None
-        for path in checkpoint.candidates(self.config.SAVE) if self.rank == 0 else ():
+        self.seen = checkpoint.candidates(self.config.SAVE) if self.rank == 0 else {}
+        for path in self.seen:
             try:
-                state = self._read_checkpoint(path, require_checksum=True)
+                state = checkpoint.read(path, require_checksum=True)
             except WeightsError as error:
                 self.warnings.append(f"-resume auto: passed over {error}")
                 continue
             if state.get("run", {}).get("model_name") == self.config.MODEL.NAME:
-                found = path
+                found = path  # where its weights do not fit, it will be refused
                 break
         stop.meet()  # reading large files may have taken rank 0 long
         return utils.broadcast_object(found)
+
+    def _has_news(self):
+        """Whether the run that had the folder until now has saved once more since the search."""
+        if self.config.MODEL.RESUME != "auto":
+            return False
+        news = self.rank == 0 and checkpoint.candidates(self.config.SAVE) != self.seen
+        return utils.broadcast_object(news)
 
     def _load_pretrained(self):
         path = self.config.MODEL.PRETRAINED
@@ -181,7 +194,7 @@ class Worker:
         self.log.info(f"config:\n{self.config.dump().rstrip()}")
         if self.config.MODEL.PRETRAINED and not self.start:
             self.log.info(f"weights from {self.config.MODEL.PRETRAINED}")
-        for warning in self.warnings:
+        for warning in dict.fromkeys(self.warnings):
             self.log.warning(warning)
 
     def validate(self, model, title):

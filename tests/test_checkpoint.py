@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -94,7 +95,8 @@ def test_weights_that_are_no_floats_are_refused(dtype):
     "wrong",
     [
         {"epoch": "3"}, {"epoch": -1}, {"epoch": True}, {"step": 1.5}, {"run": 3},
-        {"batch": -1}, {"loss": float("nan")},
+        {"batch": -1}, {"loss": float("nan")}, {"batch": 3},
+        {"batch": 3, "run": {"images": 20, "batch_size": 5, "ranks": 2}},
         {"loss": "1"}, {"run": {"ranks": -1}}, {"run": {"ranks": [1]}},
         {"best": {"acc1": float("nan"), "epoch": 1}}, {"best": {"acc1": 3.0}},
         {"best": {"acc1": "x", "epoch": 1}}, {"best": [1]},
@@ -210,19 +212,40 @@ def epochs_in(folder):
 def test_a_checkpoint_has_all_its_names_and_the_one_before_has_one(tmp_path):
     checkpoint.save(tmp_path, {"epoch": 1}, ["Epoch-1", "best"])
     assert epochs_in(tmp_path) == {"last": 1, "best": 1, "Epoch-1": 1}
-    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"])
-    checkpoint.save(tmp_path, {"epoch": 3})
+    last = str(tmp_path / "last.pdparams")
+    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"], before=last)
+    checkpoint.save(tmp_path, {"epoch": 3}, before=last)
     assert epochs_in(tmp_path) == {"last": 3, "previous": 2, "best": 1, "Epoch-1": 1, "Epoch-2": 2}
 
 
 def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    folder = tmp_path / "train-1"
+    folder.mkdir()
+
     def refuse(*args):
         raise PermissionError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    checkpoint.save(tmp_path, {"epoch": 1}, ["best"])
+    checkpoint.save(folder, {"epoch": 1}, ["best"])
+    checkpoint.save(folder, {"epoch": 2}, ["Epoch-2"], before=str(folder / "last.pdparams"))
+    assert epochs_in(folder) == {"last": 2, "previous": 1, "best": 1, "Epoch-2": 2}
+    names = [Path(path).stem for path in checkpoint.candidates(str(tmp_path))]
+    assert set(names[:2]) == {"last", "Epoch-2"} and set(names[2:]) == {"previous", "best"}
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_replace_the_one_before(tmp_path):
+    last, previous, epoch = (
+        str(tmp_path / f"{n}.pdparams") for n in ("last", "previous", "Epoch-2")
+    )
     checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"])
-    assert epochs_in(tmp_path) == {"last": 2, "previous": 1, "best": 1, "Epoch-2": 2}
+    checkpoint.save(tmp_path, {"epoch": 3}, before=last)
+    with open(last, "r+b") as file:
+        file.truncate(100)
+    checkpoint.save(tmp_path, {"epoch": 4}, before=previous)
+    assert epochs_in(tmp_path) == {"last": 4, "previous": 2, "Epoch-2": 2}
+    checkpoint.save(tmp_path, {"epoch": 5}, before=last)
+    checkpoint.save(tmp_path, {"epoch": 6}, before=epoch)
+    assert epochs_in(tmp_path) == {"last": 6, "previous": 2, "Epoch-2": 2}
 
 
 class Killed(BaseException):
@@ -232,8 +255,9 @@ class Killed(BaseException):
 # fsync, replace, fsync of the folder; remove, link, replace for each of three names; replace.
 @pytest.mark.parametrize("call", range(13))
 def test_a_kill_at_any_file_operation_leaves_two_checkpoints(call, tmp_path):
+    last = str(tmp_path / "last.pdparams")
     checkpoint.save(tmp_path, {"epoch": 1})
-    checkpoint.save(tmp_path, {"epoch": 2})
+    checkpoint.save(tmp_path, {"epoch": 2}, before=last)
     calls = iter(range(1000))
 
     def dying(function):
@@ -247,7 +271,7 @@ def test_a_kill_at_any_file_operation_leaves_two_checkpoints(call, tmp_path):
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         for name in ("fsync", "link", "remove", "replace"):
             patch.setattr(os, name, dying(getattr(os, name)))
-        checkpoint.save(tmp_path, {"epoch": 3}, ["Epoch-3", "best"])
+        checkpoint.save(tmp_path, {"epoch": 3}, ["Epoch-3", "best"], before=last)
     checkpoint.remove_temporary_files(tmp_path)
     epochs = epochs_in(tmp_path)
     assert {1, 2} <= {*epochs.values()} or {2, 3} <= {*epochs.values()}
