@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 import pdparams
+from compat import create_accumulators
 from pdparams import WeightsError
 
 _HEAD = ("head.weight", "head.bias")
@@ -182,8 +183,7 @@ def optimizer_state(optimizer, model):
 def restore_optimizer(optimizer, model, state):
     """Puts what optimizer_state gave back.  Returns whether every tensor was there and fits."""
     # Otherwise Paddle makes the moments at the first step and looks for them by its own names.
-    block = paddle.static.default_main_program().global_block()
-    optimizer._create_accumulators(block, [p for p in model.parameters() if not p.stop_gradient])
+    create_accumulators(optimizer, [p for p in model.parameters() if not p.stop_gradient])
     current = optimizer.state_dict()
     names = _state_names(optimizer, model, current)
     if not isinstance(state, dict) or any(

@@ -17,6 +17,8 @@ from paddle import nn
 from paddle.nn import functional as F
 from paddle.nn import initializer as init
 
+from compat import truncated_normal
+
 # The gate's LayerNorm keeps the framework's default epsilon in timm, all others use 1e-6.  Taking
 # 1e-6 there too moves S/16's logits by 7e-6.
 NORM_EPSILON = 1e-6
@@ -27,7 +29,7 @@ def lecun_normal(fan_in):
     """Truncated normal (at two standard deviations) of variance 1 / fan_in."""
     # Truncation at +-2 leaves a unit normal a standard deviation of 0.8796.
     std = math.sqrt(1 / fan_in) / 0.87962566103423978
-    return init.TruncatedNormal(std=std, a=-2 * std, b=2 * std)
+    return truncated_normal(std)
 
 
 def linear(in_features, out_features, weight_init, bias_init):

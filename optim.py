@@ -166,8 +166,8 @@ class EMA:
     @paddle.no_grad()
     def update(self):
         for mean, param in zip(self.average.parameters(), self.model.parameters()):
-            if mean.place != param.place:
-                param = param.to(mean.place)
+            if str(mean.place) != str(param.place):  # two Places of one device can be unequal
+                param = param.to(self.place)
             mean.lerp_(param, self.weight)
 
     @contextlib.contextmanager
