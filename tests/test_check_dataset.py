@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from program import HANG_SECONDS, ROOT, parent_of, process_ids, run
+from program import HANG_SECONDS, ROOT, parent_of, process_ids, run, run_tool
 
 import check_dataset
 from datasets import DataError, ImageDataset, ImageList
@@ -23,7 +23,7 @@ TOOL = ROOT / "tools" / "check_dataset.py"
 
 
 def checked(folder, *args):
-    return run([sys.executable, TOOL, "-data_path", folder, *args])
+    return run_tool(check_dataset, "-data_path", folder, *args)
 
 
 def noise(seed):

@@ -142,8 +142,8 @@ def test_the_host_reads_nothing_between_reports(monkeypatch):
         )
     at_report = []
     train(make_batches(15, 2), report_freq=5, report=lambda *args: at_report.append(len(reads)))
-    # One read of the loss per report; the last one is that of the epoch's mean.  Paddle 2.6 has read
-    # once before the first.
+    # One read of the loss per report; the last one is that of the epoch's mean.  Paddle 2.6 reads
+    # once while the model is made.
     assert at_report in ([1, 2, 3], [2, 3, 4])
     assert len(reads) == at_report[-1] + 1
 
