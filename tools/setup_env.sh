@@ -69,7 +69,7 @@ make_venv() {  # make_venv BASE_PYTHON FOLDER REQUIREMENTS: fills FOLDER, which 
 setup_env() {  # setup_env REQUIREMENTS MODULE...
     requirements=$1
     shift
-    set -- paddle numpy yaml yacs PIL tqdm "$@"
+    set -- paddle numpy yaml yacs PIL tqdm safetensors "$@"
     venv=${VENV:-$here/.venv}
     base=$(find_python) || return 1
     if has_modules "$base" "$@"; then
