@@ -85,6 +85,10 @@ _KEYS = {
     "TRAIN.GRAD_CLIP": _real(None, _ABOVE_0, none=True),  # largest global norm of the gradients
     "TRAIN.ACCUM_ITER": _whole(1, 1),  # batches whose gradients make one optimizer step
     "TRAIN.LINEAR_SCALED_LR": _real(512, 1, none=True),  # learning rates x images per step / this
+    # new: learning rate of a block / that of the next; the head has the whole, the patch embedding
+    # the lowest (for fine-tuning; BEiT and MAE take 0.65 to 0.9); None: the same everywhere
+    "TRAIN.LAYER_DECAY": _real(None, _ABOVE_0, 1, none=True),
+    "TRAIN.FREEZE_BACKBONE": _switch(False),  # new: train the head alone
 
     "TRAIN.OPTIMIZER.NAME": _text("AdamW", choices=["AdamW"]),
     "TRAIN.OPTIMIZER.EPS": _real(1e-8, _ABOVE_0),

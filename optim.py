@@ -57,16 +57,42 @@ def build_schedule(learning_rate):
     return paddle.optimizer.lr.LambdaDecay(1.0, learning_rate)
 
 
+def layer_scales(model, decay):
+    """What each parameter's learning rate is multiplied by under layer-wise decay.
+
+    As in BEiT and MAE: 1 for the head and the norm before it, `decay` for the last block, and once
+    more `decay` for each block below and for the patch embedding.
+
+    Returns:
+        Parameter names to numbers.
+    """
+    depth = len(model.mixer_layers)
+
+    def layer(name):
+        first, second = name.split(".")[:2]
+        if first == "mixer_layers":
+            return 1 + int(second)
+        return 0 if first == "patch_embed" else depth + 1
+
+    return {name: decay ** (depth + 1 - layer(name)) for name, _ in model.named_parameters()}
+
+
 def build_optimizer(config, model, schedule):
     """AdamW with decoupled weight decay and clipping by the global norm.
 
     Args:
-        config: TRAIN.{WEIGHT_DECAY, GRAD_CLIP, OPTIMIZER} are read.
-        model: the parameters; biases and norms are not decayed.
+        config: TRAIN.{WEIGHT_DECAY, GRAD_CLIP, LAYER_DECAY, OPTIMIZER} are read.
+        model: the parameters; biases and norms are not decayed.  With LAYER_DECAY each gets its
+            share of the learning rate as an attribute.
         schedule: build_schedule's.
     """
     train = config.TRAIN
     decayed = decayed_parameters(model)
+    if train.LAYER_DECAY:
+        # AdamW's own lr_ratio is refused on CPU, and parameter groups are clipped each by itself.
+        scales = layer_scales(model, train.LAYER_DECAY)
+        for name, param in model.named_parameters():
+            param.optimize_attr["learning_rate"] = scales[name]
     return paddle.optimizer.AdamW(
         learning_rate=schedule,
         parameters=model.parameters(),

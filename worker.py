@@ -1,6 +1,7 @@
 """One rank of a run: builds the parts from the config and runs the loops."""
 
 import contextlib
+import math
 import os
 import time
 
@@ -17,6 +18,7 @@ from config import ConfigError
 from datasets import DataError, EvalSampler, build_dataset, build_loader
 from gmlp import build_gmlp
 from launch import default_workers, local_ranks, report_folder
+from resample import resample_weights
 from transforms import build_batch_transform
 
 # What a user can set right by other arguments, and what only shows while running.
@@ -133,8 +135,20 @@ class Worker:
         if self.config.EVAL and not path:
             raise ConfigError("-eval needs -pretrained FILE: there are no weights to evaluate")
         if not path or self.start:
+            if self.config.TRAIN.FREEZE_BACKBONE and not self.start:
+                self.warnings.append(
+                    "TRAIN.FREEZE_BACKBONE without -pretrained: what is frozen is as initialized"
+                )
             return
-        weights = checkpoint.load_weights(path)
+        tokens = self.model.patch_embed.num_tokens
+        weights, side = resample_weights(checkpoint.load_weights(path), tokens, path)
+        if side:
+            new_side, pixels = math.isqrt(tokens), self.config.MODEL.MIXER.PATCH_SIZE
+            self.warnings.append(
+                f"{path} is for images of {side * pixels} pixels: its spatial projections are "
+                f"resampled from {side} x {side} to {new_side} x {new_side} tokens "
+                f"(DATA.IMAGE_SIZE {self.config.DATA.IMAGE_SIZE})"
+            )
         if checkpoint.assign_weights(self.model, weights, path, not self.config.EVAL):
             self.warnings.append(
                 f"the head in {path} has another number of classes than MODEL.NUM_CLASSES "
@@ -235,10 +249,19 @@ def evaluate(worker):
 
 
 def build_model(config):
+    """The config's model; under TRAIN.FREEZE_BACKBONE its head alone trains, without dropout."""
+    frozen = config.TRAIN.FREEZE_BACKBONE
+    if frozen:
+        config = config.clone()
+        config.defrost()
+        config.MODEL.DROPOUT = config.MODEL.DROPPATH = 0.0
     try:
-        return build_gmlp(config)
+        model = build_gmlp(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    for name, param in model.named_parameters():
+        param.stop_gradient = frozen and not name.startswith("head.")
+    return model
 
 
 def _new_folder(parent, name):

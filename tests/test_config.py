@@ -226,9 +226,10 @@ def test_the_papers_configs_hold_its_recipe_exactly(size, dim, drop_path):
     assert optim.warmup_steps(config.TRAIN, 1_281_167 // 4096) == 10_000
 
 
-def test_the_digits_config_loads_and_makes_a_model():
-    config = get_config(ROOT / "configs" / "gmlp_digits.yaml")
-    assert build_gmlp(config).head.weight.shape == [96, 10]
+@pytest.mark.parametrize("name", ["gmlp_digits", "gmlp_digits_32", "gmlp_digits_finetune"])
+def test_the_digits_configs_load_and_make_a_model(name):
+    config = get_config(ROOT / "configs" / f"{name}.yaml")
+    assert (config.MODEL.NAME, build_gmlp(config).head.weight.shape) == (name, [96, 10])
 
 
 def test_a_dumped_config_loads_as_the_same_config(tmp_path):
@@ -311,6 +312,9 @@ def test_the_batch_size_flag_also_sets_evaluations_unless_it_has_its_own():
         ("TRAIN.CUTMIX_MINMAX", "[0.2, 0.8]", [0.2, 0.8]),
         ("TRAIN.OPTIMIZER.BETAS", "[0.9, 0.95]", (0.9, 0.95)),
         ("TRAIN.AUTO_AUGMENT", "True", True),
+        ("TRAIN.LAYER_DECAY", "None", None),
+        ("TRAIN.LAYER_DECAY", "1", 1.0),
+        ("TRAIN.FREEZE_BACKBONE", "True", True),
         ("MODEL.NAME", "123", "123"),
         ("DATA.DATA_PATH", "/data/[a b]: c", "/data/[a b]: c"),
         ("MODEL.PRETRAINED", "None", None),
@@ -351,6 +355,8 @@ def test_warm_up_may_be_a_fraction_of_an_epoch():
         ("MODEL: {DROPPATH: 1}", ["MODEL.DROPPATH", "1.0", "at most 0.999"]),
         ("MODEL: {NUM_CLASSES: 3000000000}", ["MODEL.NUM_CLASSES", "at most 2147483647"]),
         ("TRAIN: {MODEL_EMA: 1}", ["TRAIN.MODEL_EMA", "True or False"]),
+        ("TRAIN: {LAYER_DECAY: 0}", ["TRAIN.LAYER_DECAY", "above 0"]),
+        ("TRAIN: {FREEZE_BACKBONE: 1}", ["TRAIN.FREEZE_BACKBONE", "True or False"]),
         ("MODEL: {NAME: 3}", ["MODEL.NAME", "text"]),
         ("MODEL: {RESUME: 3}", ["MODEL.RESUME", "text"]),
         ("DATA: {DATASET: cifar10}", ["DATA.DATASET", "imagenet2012", "train_list.txt"]),

@@ -153,6 +153,35 @@ def test_steps_are_adamws_by_hand(model):
         np.testing.assert_allclose(value, weights[name], rtol=1e-5, err_msg=name)
 
 
+def test_layer_decay_scales_the_rate_of_each_layer():
+    model = golden.build("tiny")
+    scales = optim.layer_scales(model, 0.5)
+    assert scales.keys() == numpy_of(model).keys()
+    expected = {"patch_embed": 1 / 16, "mixer_layers.0": 1 / 8, "mixer_layers.1": 1 / 4,
+                "mixer_layers.2": 1 / 2, "norm": 1.0, "head": 1.0}  # fmt: skip
+    for name, scale in scales.items():
+        (layer,) = [layer for layer in expected if name.startswith(f"{layer}.")]
+        assert scale == expected[layer], name
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, None])
+def test_layer_decay_scales_steps_and_decay_but_not_the_clipping(decay):
+    model = golden.build("tiny")
+    # With so large an epsilon AdamW's first step is proportional to the clipped gradient.
+    train = {"LAYER_DECAY": decay, "WEIGHT_DECAY": 0.5, "OPTIMIZER.EPS": 1e3, "GRAD_CLIP": 2.0}
+    schedule = optim.build_schedule(lambda step: 0.1)
+    optimizer = build_optimizer(config_of(**train), model, schedule)
+    before, gradients = numpy_of(model), random_gradients(model, 0)
+    norm = math.sqrt(sum((g.astype("float64") ** 2).sum() for g in gradients.values()))
+    loss_with_gradients(model, gradients).backward()
+    optimizer.step()
+    scales = optim.layer_scales(model, decay or 1.0)
+    for name, value in numpy_of(model).items():
+        share = 0.5 if gradients[name].ndim > 1 else 0.0
+        step = 0.1 * scales[name] * (share * before[name] + gradients[name] * 2 / norm / 1e3)
+        np.testing.assert_allclose(value, before[name] - step, rtol=1e-5, atol=2e-7, err_msg=name)
+
+
 @pytest.mark.parametrize(("clip", "scaled_by"), [(0.5, 0.5 / 10), (20.0, 1.0), (None, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(model, clip, scaled_by):
     # With so large an epsilon AdamW's first step is proportional to the gradient.

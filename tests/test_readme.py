@@ -1,5 +1,6 @@
 """What the README shows works as printed."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -59,8 +60,11 @@ print("both agree")
 
 
 def test_every_flag_and_key_in_the_readme_exists():
-    parser = main_multi_gpu.build_parser()
-    flags = {option for action in parser._actions for option in action.option_strings}
+    tools = [importlib.import_module(path.stem) for path in (ROOT / "tools").glob("*.py")]
+    parsers = [module.build_parser() for module in (main_multi_gpu, *tools)
+               if hasattr(module, "build_parser")]  # fmt: skip
+    actions = (action for parser in parsers for action in parser._actions)
+    flags = {option for action in actions for option in action.option_strings}
     shown = set(re.findall(r"(?<![\w-])(-[a-z_]{3,})(?=[= `\n])", README))
     assert shown and shown <= flags, shown - flags
     keys = set(re.findall(r"\b(?:TRAIN|DATA|MODEL)\.[A-Z_.]+[A-Z]", README))

@@ -1,0 +1,156 @@
+"""What a model keeps at other image sizes than its own, before any fine-tuning.
+
+    python tools/resolution_study.py -cfg configs/gmlp_digits_32.yaml -data_path data/digits \\
+        -pretrained digits_32.pdparams -image_sizes 24 32 40
+
+Prints a table: Acc@1 on val_list.txt at each size, in percent and as a share of that at the size of
+-cfg, with the spatial projections
+
+    resampled   by resample.py, as -pretrained with another -image_size does it
+    nearest     copied from the nearest token, as they are
+    scaled      the same, with the sum over the source tokens corrected for their number
+    new         initialized anew
+
+Nothing is trained.  Exit status: 0, 2 for what was asked wrongly.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+
+import cli
+import launch
+from config import ConfigError, get_config, update_config
+
+# Paddle comes in work(): -h and a wrong flag answer at once.
+
+_METHODS = ("resampled", "nearest", "scaled", "new")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-cfg", metavar="YAML", required=True, help="the model, at the size it was trained for")
+    add("-pretrained", metavar="FILE", required=True, help="its weights")
+    add("-data_path", metavar="DIR", help="folder with val_list.txt (default: as -cfg says)")
+    add(
+        "-image_sizes",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="pixels, multiples of the patch (default: the multiples nearest to 0.75, 1 and 1.25 "
+        "of the size of -cfg)",
+    )
+    add("-batch_size", metavar="N", type=int, help="images per batch")
+    add("-num_workers", metavar="N", type=int, help="loader processes (default: by the cores)")
+    add("-num_classes", metavar="N", type=int, help="classes of the data set")
+    add("-seed", metavar="N", type=int, help="of the new projections (default 0)")
+    return parser
+
+
+def work(args):
+    """Prints the table that the arguments ask for."""
+    config = update_config(get_config(), args)
+    own, patch = config.DATA.IMAGE_SIZE, config.MODEL.MIXER.PATCH_SIZE
+    sizes = args.image_sizes or [max(1, round(own * f / patch)) * patch for f in (0.75, 1, 1.25)]
+    for size in sizes:
+        if size < patch or size % patch:
+            raise ConfigError(
+                f"-image_sizes {size}: it must be a multiple of the patch size, {patch} pixels"
+            )
+    os.environ.setdefault("OMP_NUM_THREADS", str(launch.available_cores()))
+    cli.import_paddle()
+    import checkpoint
+
+    weights = checkpoint.load_weights(args.pretrained)
+    checkpoint.check_weights(_build(config, own), weights, args.pretrained)
+    own_accuracy = accuracy(config, own, weights, str(own))
+    print(f"{'pixels':>8}{'tokens':>9}" + "".join(f"{name:>18}" for name in _METHODS))
+    for size in dict.fromkeys(sizes):
+        side = size // patch
+        row = f"{size:>8}{f'{side} x {side}':>9}"
+        if size == own:
+            print(row + f"{own_accuracy:>9.2f} (as trained)")
+            continue
+        for name in _METHODS:
+            title = f"{size} {name}"
+            score = accuracy(config, size, convert(weights, config, size, name), title)
+            row += f"{score:>9.2f} {_share(score, own_accuracy):>8}"
+        print(row, flush=True)
+
+
+def convert(weights, config, size, method):
+    """The weights for images of `size` pixels, by one of _METHODS."""
+    import paddle
+
+    from resample import resample_weights
+
+    side = size // config.MODEL.MIXER.PATCH_SIZE
+    if method == "resampled":
+        return resample_weights(weights, side * side, "")[0]
+    projections = [name for name in weights if ".gate.proj." in name]
+    if method == "new":
+        paddle.seed(config.SEED)
+        fresh = _build(config, size).state_dict()
+        return {**weights, **{name: fresh[name].numpy() for name in projections}}
+    changed = {name: nearest(weights[name], side) for name in projections}
+    if method == "scaled":
+        factor = (config.DATA.IMAGE_SIZE / size) ** 2
+        changed = {k: v * v.dtype.type(factor) if v.ndim == 2 else v for k, v in changed.items()}
+    return {**weights, **changed}
+
+
+def nearest(array, side):
+    """A projection's weight or bias with each token's value copied from the nearest old token."""
+    import numpy as np
+
+    old = math.isqrt(array.shape[0])
+    line = ((np.arange(side) + 0.5) * old / side).astype("int64")
+    tokens = (line[:, None] * old + line).reshape(-1)
+    return array[np.ix_(*[tokens] * array.ndim)]
+
+
+def accuracy(config, size, weights, title):
+    """Acc@1 in percent on the validation list, at `size` pixels with weights for that size."""
+    import checkpoint
+    import datasets
+    import engine
+    import utils
+    from transforms import build_batch_transform
+
+    config = config.clone()
+    config.DATA.IMAGE_SIZE = size
+    model = _build(config, size)
+    checkpoint.assign_weights(model, weights, title)
+    images = datasets.build_dataset(config, train=False)
+    batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
+    sampler = datasets.EvalSampler(len(images), batch_size, 0, 1)
+    workers = config.DATA.NUM_WORKERS
+    if workers < 0:
+        workers = launch.default_workers(on_gpu=False)
+    transform = build_batch_transform(config, train=False)
+    with contextlib.closing(datasets.build_loader(images, sampler, workers)) as batches:
+        bar = utils.progress_bar(batches, len(sampler), title, 0)
+        return engine.validate(model, bar, transform, contextlib.nullcontext)["acc1"]
+
+
+def _build(config, size):
+    import worker
+
+    config = config.clone()
+    config.DATA.IMAGE_SIZE = size
+    return worker.build_model(config)
+
+
+def _share(score, own):
+    return f"({100 * score / own:.1f}%)" if own else ""
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(build_parser(), work))
