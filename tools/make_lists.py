@@ -1,0 +1,350 @@
+"""Write the list files of a data set that comes as one folder per class.
+
+    python tools/make_lists.py -data_path /dataset/imagenet
+    python tools/make_lists.py -data_path flowers -val_fraction 0.2 -seed 1
+
+Two layouts: DIR/train/CLASS/... beside DIR/val/CLASS/..., or DIR/CLASS/... alone, of which each
+class gives -val_fraction of its images to validation.  Writes train_list.txt, val_list.txt and
+classes.txt (the classes' names in the order of their labels, for predict.py's -names) into DIR: all
+three or none.  Labels are the ranks of the sorted class names, as ImageNet's are.
+
+The split is a function of -seed and the images' paths in DIR, so it is the same on every machine,
+and images that come later move few others.  Hidden files and files without an image's suffix are
+left out and counted; links are followed, each folder once.  Exit status: 0, 1 for what failed while
+running, 2 for what was asked wrongly.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import os
+import pathlib
+import shlex
+import signal
+import sys
+
+import cli
+from config import ConfigError
+from pdparams import temporary_path
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp",
+                  ".gif")  # fmt: skip
+CLASSES = "classes.txt"
+# The order in which they appear: where train_list.txt is, the others are.
+_FILES = (CLASSES, "val_list.txt", "train_list.txt")
+
+HIDDEN = "hidden"
+NO_IMAGE = "without an image's suffix"
+DEAD_LINK = "links that lead nowhere"
+NO_FILE = "neither files nor folders"
+AGAIN = "links to a folder above or one that was read already"
+_OUTSIDE = "outside the class folders"
+# What nobody can have meant to be there, in a sentence.
+BROKEN = {
+    DEAD_LINK: "this link leads nowhere",
+    NO_FILE: "this is neither a file nor a folder",
+}
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "-data_path",
+        metavar="DIR",
+        required=True,
+        help="folder with train/CLASS/... and val/CLASS/..., or with CLASS/... to split",
+    )
+    add(
+        "-val_fraction",
+        metavar="F",
+        type=float,
+        help="share of each class that validation gets where there is no val folder (default 0.1)",
+    )
+    add("-seed", metavar="N", type=int, default=0, help="of the split (default 0)")
+    add("-force", action="store_true", help="replace lists that are there already")
+    return parser
+
+
+def work(args):
+    """Writes the lists that the arguments ask for."""
+    signal.signal(signal.SIGTERM, cli.leave)  # so that temporary files go
+    root, fraction = args.data_path, args.val_fraction
+    if fraction is not None and not 0 < fraction < 1:
+        raise ConfigError(f"-val_fraction is {fraction}, it must be above 0 and below 1")
+    _require_new(root, args.force)
+    skipped = Skipped()
+    names, splits = read_classes(root, fraction, args.seed, skipped)
+    require_lines(root, names, splits)
+    texts = {CLASSES: "".join(f"{name}\n" for name in names)}
+    for split, classes in splits.items():
+        images = ((path, label) for label, paths in enumerate(classes) for path in paths)
+        texts[f"{split}_list.txt"] = "".join(f"{path} {label}\n" for path, label in images)
+    write_files(root, {name: texts[name] for name in _FILES})
+    train, val = (sum(map(len, splits[split])) for split in ("train", "val"))
+    print(f"train_list.txt {train:,} images, val_list.txt {val:,} images, classes: {len(names):,}")
+    if skipped.counts:
+        print("left out: " + ", ".join(f"{n:,} ({what})" for what, n in skipped.counts.items()))
+    command = ["python", "tools/check_dataset.py", "-data_path", root]
+    print("next: " + shlex.join([*command, "-num_classes", str(len(names))]))
+
+
+class Skipped:
+    """Counts what is left out, and names on stderr what is BROKEN."""
+
+    def __init__(self):
+        self.counts = collections.Counter()
+
+    def __call__(self, what, path):
+        self.counts[what] += 1
+        if what in BROKEN:
+            warn(f"{show(path)}: {BROKEN[what]}: left out")
+
+
+def warn(sentence):
+    from tqdm import tqdm
+
+    tqdm.write(f"make_lists.py: warning: {sentence}", file=sys.stderr)
+
+
+def show(path):
+    """A path for a message: quoted where it holds control characters or is not UTF-8."""
+    return path if path.isprintable() else repr(path)
+
+
+def find_images(folder, skip):
+    """The images in a folder and the folders in it, by their suffix and sorted by name.
+
+    Links are followed, but no folder is read twice, and none above `folder`.
+
+    Args:
+        folder: where to look.
+        skip: called with (HIDDEN, NO_IMAGE, DEAD_LINK, NO_FILE or AGAIN; path) of what is left out.
+
+    Yields:
+        Paths that begin with `folder`.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen = {
+        _identity(parent) for parent in (*_parents(folder), *_parents(os.path.realpath(folder)))
+    }
+    stack = [(folder, True)]
+    while stack:
+        path, is_folder = stack.pop()
+        if not is_folder:
+            yield path
+            continue
+        if _identity(path) in seen:
+            skip(AGAIN, path)
+            continue
+        seen.add(_identity(path))
+        for entry in reversed(_sorted_entries(path)):
+            if entry.name.startswith("."):
+                skip(HIDDEN, entry.path)
+            elif _is_folder(entry):
+                stack.append((entry.path, True))
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                skip(NO_IMAGE, entry.path)
+            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                stack.append((entry.path, False))
+            else:
+                skip(NO_FILE if os.path.exists(entry.path) else DEAD_LINK, entry.path)
+
+
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _parents(path):
+    return map(str, pathlib.Path(path).absolute().parents)
+
+
+def _is_folder(entry):
+    # A link that leads to itself makes entry.is_dir() raise.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _sorted_entries(folder):
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def read_classes(root, fraction, seed, skip):
+    """The classes of a data set in either layout.
+
+    Args:
+        root: the data set's folder.
+        fraction: what validation gets of each class of a data set without a val folder; None: 0.1.
+        seed: of that split.
+        skip: see find_images.
+
+    Returns:
+        (names, {"train": ..., "val": ...}): the sorted class names, and for each of them a list of
+        image paths in train and in val, relative to the root.
+
+    Raises:
+        ConfigError: no layout, a class without images, a class of val that is none of train.
+    """
+    train, val = (os.path.join(root, name) for name in ("train", "val"))
+    both = os.path.isdir(train) and os.path.isdir(val)
+    if not both:
+        for folder, other in ((train, val), (val, train)):
+            if os.path.isdir(folder) and any(map(_is_folder, _sorted_entries(folder))):
+                raise ConfigError(
+                    f"{root}: has folders in {folder}, but no {other}: give -data_path {folder} to "
+                    "split that one, or add the other"
+                )
+        return _split(_read_folders(root, skip), root, fraction or 0.1, seed)
+    if fraction is not None:
+        raise ConfigError(f"{val}: validation has a folder of its own: leave -val_fraction out")
+    for entry in _sorted_entries(root):
+        if entry.name not in ("train", "val") and _is_folder(entry):
+            warn(f"{show(entry.path)}: left out, as it is neither train nor val")
+    images = {"train": _read_folders(train, skip), "val": _read_folders(val, skip)}
+    names = sorted(images["train"])
+    unknown = sorted(set(images["val"]) - set(names))
+    if unknown:
+        more = f" (and {len(unknown) - 1:,} more)" if unknown[1:] else ""
+        raise ConfigError(
+            f"{show(os.path.join(val, unknown[0]))}{more}: {show(train)} has no such class"
+        )
+    for name in names:
+        if name not in images["val"]:
+            warn(f"{show(os.path.join(train, name))}: this class has no images in val")
+    return names, {
+        split: [_relative(images[split].get(name, []), root) for name in names] for split in images
+    }
+
+
+def _read_folders(folder, skip):
+    """Class names to sorted lists of image paths, for the folders in a folder."""
+    from tqdm import tqdm
+
+    classes = {}
+    entries = _sorted_entries(folder)
+    for entry in tqdm(entries, folder, leave=False, unit="class", disable=not sys.stderr.isatty()):
+        if entry.name.startswith("."):
+            skip(HIDDEN, entry.path)
+        elif _is_folder(entry):
+            classes[entry.name] = list(find_images(entry.path, skip))
+        elif entry.name not in _FILES:
+            dead = entry.is_symlink() and not os.path.exists(entry.path)
+            skip(DEAD_LINK if dead else _OUTSIDE, entry.path)
+    if not classes:
+        raise ConfigError(
+            f"{folder}: no folder of a class in it; there has to be one per class, with its images "
+            "(ImageNet's validation images come without: sort them into folders first)"
+        )
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        more = f" (and {len(empty) - 1:,} more)" if empty[1:] else ""
+        raise ConfigError(
+            f"{show(os.path.join(folder, empty[0]))}{more}: no image in this class's folder: add "
+            f"some ({', '.join(IMAGE_SUFFIXES)}), or move it away"
+        )
+    return classes
+
+
+def _relative(paths, root):
+    start = len(os.path.join(root, ""))  # os.path.relpath would take seconds for a million
+    return [path[start:] for path in paths]
+
+
+def _split(classes, root, fraction, seed):
+    """As read_classes: each class's share to val, at least one image where there are two."""
+
+    def draw(path):
+        return hashlib.sha256(os.fsencode(f"{seed}/{path}")).digest()
+
+    names = sorted(classes)
+    train, val = [], []
+    for name in names:
+        paths = _relative(classes[name], root)
+        count = min(max(1, round(fraction * len(paths))), len(paths) - 1)
+        if not count:
+            warn(f"{show(classes[name][0])}: the only image of its class: validation gets none")
+        chosen = set(sorted(paths, key=draw)[:count])
+        train.append([path for path in paths if path not in chosen])
+        val.append([path for path in paths if path in chosen])
+    if not any(val):
+        raise ConfigError(f"{root}: every class has one image: there is nothing to validate with")
+    return names, {"train": train, "val": val}
+
+
+def require_lines(root, names, splits):
+    """Raises ConfigError where a class's name or an image's path is none that a line can hold.
+
+    The rules are those of datasets.ImageList.
+    """
+    images = (path for classes in splits.values() for paths in classes for path in paths)
+    wrong = [(name, why) for name in (*names, *images) if (why := _why_no_line(name))]
+    if wrong:
+        path, why = show(os.path.join(root, wrong[0][0])), wrong[0][1]
+        more = f" ({len(wrong) - 1:,} more are like that)" if wrong[1:] else ""
+        raise ConfigError(f"{path}: {why}, which a list cannot hold: rename it{more}")
+
+
+def _why_no_line(name):
+    """What keeps a path, or a class's name, from a line of its own; None where nothing does."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    if "\n" in name:
+        return "there is a line end in its name"
+    # "\ufeff" at a file's start is a byte order mark.
+    if name != name.strip() or name.startswith("\ufeff"):
+        return "its name begins or ends with white space"
+    return None
+
+
+def _require_new(root, force):
+    if not os.path.isdir(root):
+        raise ConfigError(f"{root}: there is no such folder")
+    for name in _FILES:
+        path = os.path.join(root, name)
+        if os.path.isdir(path):
+            raise ConfigError(f"{path}: this is a folder, where a file has to go: rename it")
+        if os.path.lexists(path) and not force:
+            raise ConfigError(f"{path}: is there already; -force replaces it")
+
+
+def write_files(folder, texts):
+    """Writes files of a folder, all of them or none.
+
+    Args:
+        folder: where.
+        texts: file names to contents, in the order in which they appear.
+
+    Raises:
+        OSError: with the path; what was new is removed again.
+    """
+    temporary = {name: temporary_path(os.path.join(folder, name)) for name in texts}
+    new = []
+    try:
+        for name, text in texts.items():
+            path = os.path.join(folder, name)
+            with open(temporary[name], "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in texts:
+            path = os.path.join(folder, name)
+            if not os.path.lexists(path):
+                new.append(path)
+            os.replace(temporary[name], path)
+        new.clear()
+    except OSError as error:  # of a full disk it would not say which file
+        raise OSError(error.errno, error.strerror, path) from error
+    finally:
+        for path in (*temporary.values(), *new):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(build_parser(), work))

@@ -1,0 +1,541 @@
+"""Classify images: the most probable classes of each, with names and probabilities.
+
+    python tools/predict.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams \\
+        photo.jpg
+    python tools/predict.py -cfg configs/gmlp_digits.yaml -pretrained best_weights.pdparams \\
+        -topk 3 -format csv -plot digits.png data/digits/val 'scans/*.png'
+
+A PATH is an image, a folder (its images and those of the folders in it, sorted by name) or a
+pattern.  Images are read, cropped and normalized as -eval does it, so these are the probabilities
+behind its accuracy.  They are printed batch by batch:
+
+    table   a line with the path, then a line per class: probability, label, name
+    jsonl   an object per image: {"path": ..., "top": [{"label": ..., "name": ..., "synset": ...,
+            "probability": ...}, ...]}
+    csv     a header, then a row per image and class: path, rank, label, name, synset, probability
+
+The synset is a WordNet id, such as ImageNet's classes have, otherwise null or empty.  Bytes of a
+path that are not UTF-8 are written \\udcXX (Python's json and os.fsencode give them back).  An
+image that cannot be read is named on stderr, and the others go on.
+
+-names is a file with a line per class in the order of the labels, as make_lists.py writes it: a
+name, a WordNet id, or an id and a name.  Without it 1,000 classes are ImageNet's, and those of
+other models go by their labels.  Exit status: 0; 1 where an image could not be read, or for what
+else failed while running; 2 for what was asked wrongly.
+"""
+
+import argparse
+import contextlib
+import csv
+import glob
+import io
+import json
+import math
+import os
+import re
+import sys
+from typing import Any, NamedTuple, Optional
+
+import cli
+import launch
+from config import ConfigError, get_config, update_config
+from make_lists import BROKEN, DEAD_LINK, IMAGE_SUFFIXES, NO_FILE, find_images, show
+from pdparams import temporary_path
+
+# Paddle comes in work(): -h and a wrong flag answer at once.
+
+# ImageNet's classes by label.  The ids and their order are timm 1.0.31's imagenet_synsets.txt
+# (Apache-2.0), the names its imagenet_synset_to_lemma.txt, which are WordNet 3.0's (Copyright 2006
+# by Princeton University).  torchvision 0.28.0 has the same first names in the same order.
+_IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "imagenet_classes.txt")
+_PLOT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_PLOT_IMAGES = 64
+_PLOT_COLUMNS = 8
+_PLOT_LINES = 3  # classes below an image
+_SIDE, _GAP = 224, 12  # pixels of an image in the picture, and around it
+_FONT_SIZE = 15
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("-cfg", metavar="YAML", required=True, help="the model")
+    add("-pretrained", metavar="FILE", required=True, help="its weights")
+    add("-topk", metavar="K", type=int, default=5, help="classes per image (default 5)")
+    add("-batch_size", metavar="N", type=int, default=32, help="images per batch (default 32)")
+    add("-names", metavar="FILE", help="a line per class (default: ImageNet's of 1,000 classes)")
+    add("-format", choices=_WRITERS, default="table", help="of what is printed (default: table)")
+    add(
+        "-plot",
+        metavar="FILE",
+        help=f"a new .png or .jpg: the first {_PLOT_IMAGES} images with their classes",
+    )
+    add(
+        "-font",
+        metavar="FILE",
+        help=".ttf or .otf for -plot, for names in other than Latin letters",
+    )
+    add("-num_classes", metavar="N", type=int, help="classes of the model (default: as -cfg says)")
+    add("-image_size", metavar="N", type=int, help="pixels (default: as -cfg says)")
+    add("-num_workers", metavar="N", type=int, help="loader processes (default: by the cores)")
+    add("paths", metavar="PATH", nargs="+", help="an image, a folder or a pattern")
+    return parser
+
+
+class Class(NamedTuple):
+    """A class of the model; `synset` is its WordNet id, where it has one."""
+
+    name: str
+    synset: Optional[str] = None
+
+
+class Choice(NamedTuple):
+    """A class that an image may be of."""
+
+    label: int
+    name: str
+    synset: Optional[str]
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """An image: its path, what the model saw (uint8 [size, size, 3]), its choices, best first."""
+
+    path: str
+    pixels: Any
+    choices: list[Choice]
+
+
+def work(args):
+    """Classifies what the arguments say.  Returns the exit status."""
+    config = update_config(get_config(), args)
+    if args.topk < 1:
+        raise ConfigError(f"-topk is {args.topk}, it must be at least 1")
+    classes = read_classes(args.names, config.MODEL.NUM_CLASSES)
+    sheet = Sheet(args.plot, args.font) if args.plot else None
+    problems = Problems()
+    paths = find_paths(args.paths, problems)
+    cli.import_paddle()
+    from tqdm import tqdm
+
+    from datasets import DataError, explain_dead_workers
+
+    model = load_model(config, args.pretrained)
+    write = _WRITERS[args.format]
+    bar = tqdm(total=len(paths), leave=False, unit="image", disable=not sys.stderr.isatty())
+    batches = predict(model, config, paths, classes, args.topk, problems)
+    try:
+        with bar, contextlib.closing(batches), explain_dead_workers():
+            for number, (done, predictions) in enumerate(batches):
+                text = io.StringIO()
+                write(text, predictions, number == 0)
+                tqdm.write(text.getvalue(), end="", file=sys.stdout)
+                sys.stdout.flush()
+                if sheet:
+                    sheet.add(predictions)
+                bar.update(done)
+    except DataError as error:  # of the loader: images were reported
+        raise cli.Failed(str(error)) from error
+    if sheet:
+        sheet.save(problems)
+    return 1 if problems.count else 0
+
+
+class Problems:
+    """Prints a sentence about each thing that could not be done, and counts them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, sentence):
+        self.count += 1
+        note(sentence)
+
+
+def note(sentence):
+    from tqdm import tqdm
+
+    tqdm.write(f"predict.py: {sentence}", file=sys.stderr)
+
+
+def read_classes(path, count):
+    """The classes of a model, by label.
+
+    Args:
+        path: a file with a line per class, or None.
+        count: how many the model has.
+
+    Returns:
+        A list of `count` Class.
+
+    Raises:
+        ConfigError: the file cannot be read, or has another number of lines.
+    """
+    if path is None and count != 1000:
+        return [Class(str(label)) for label in range(count)]
+    names = _read_names(path or _IMAGENET)
+    if len(names) != count:
+        raise ConfigError(
+            f"{path}: there are {len(names):,} names in it, and the model has {count:,} classes "
+            "(-num_classes says how many)"
+        )
+    known = dict(line.split(" ", 1) for line in _read_names(_IMAGENET))
+    classes = []
+    for name in names:
+        match = re.fullmatch(r"(n\d{8})(?:\s+(.+))?", name)
+        synset, own_name = match.groups() if match else (None, name)
+        classes.append(Class(own_name or known.get(synset, synset), synset))
+    return classes
+
+
+def _read_names(path):
+    """The lines of a file of names, stripped, without empty ones at the end."""
+    try:
+        # Only "\n" ends a line: names of folders may hold any other character.
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            names = [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: this file of names is not UTF-8 text") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot read this file of names: {reason}") from error
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise ConfigError(f"{path}:{names.index('') + 1}: this line is empty; each names a class")
+    return names
+
+
+def find_paths(arguments, problem):
+    """The images that PATH arguments mean, in their order, each path once.
+
+    Args:
+        arguments: files of any name; folders, and patterns of glob for files and folders, which
+            mean the files with the suffix of an image.
+        problem: called with a sentence about each link in a folder that leads nowhere.
+
+    Raises:
+        ConfigError: an argument is not there, or no image is in it.
+    """
+    paths = {}
+    for argument in arguments:
+        if os.path.isfile(argument):
+            paths[argument] = None
+            continue
+        is_folder = os.path.isdir(argument)
+        if os.path.lexists(argument) and not is_folder:
+            raise ConfigError(f"{show(argument)}: this is neither a file nor a folder")
+        matches = [argument] if is_folder else sorted(glob.glob(argument, recursive=True))
+        if not matches:
+            raise ConfigError(f"{show(argument)}: no such file or folder")
+        found = [path for match in matches for path in _images_at(match, problem)]
+        if not found:
+            raise ConfigError(f"{show(argument)}: no image is there ({', '.join(IMAGE_SUFFIXES)})")
+        paths.update(dict.fromkeys(found))
+    return list(paths)
+
+
+def _images_at(path, problem):
+    """The images in a folder, or a file itself where it has an image's suffix."""
+
+    def skip(what, skipped):
+        if what in BROKEN:
+            problem(f"cannot read {show(skipped)}: {BROKEN[what]}")
+
+    if os.path.isdir(path):
+        return list(find_images(path, skip))
+    if not path.lower().endswith(IMAGE_SUFFIXES):
+        return []
+    if not os.path.isfile(path):
+        skip(NO_FILE if os.path.exists(path) else DEAD_LINK, path)
+        return []
+    return [path]
+
+
+def load_model(config, path):
+    """The config's model with the weights of a file, as -eval has it.
+
+    Raises:
+        ConfigError, WeightsError: there is no such model, or these are not its weights.
+    """
+    import checkpoint
+    import utils
+    import worker
+    from resample import resample_weights
+
+    if config.DATA.IMAGE_CHANNELS != 3:
+        raise ConfigError(f"DATA.IMAGE_CHANNELS is {config.DATA.IMAGE_CHANNELS}: images are RGB: 3")
+    utils.init_distributed()  # takes the device
+    weights = checkpoint.load_weights(path)
+    bias, wanted = weights.get("head.bias"), config.MODEL.NUM_CLASSES
+    if bias is not None and bias.shape != (wanted,) and bias.ndim == 1:
+        raise ConfigError(
+            f"{path}: these weights are for {len(bias):,} classes, and the model has {wanted:,}: "
+            f"give -num_classes {len(bias)}"
+        )
+    model = worker.build_model(config)
+    weights, side = resample_weights(weights, model.patch_embed.num_tokens, path)
+    if side:
+        pixels = side * config.MODEL.MIXER.PATCH_SIZE
+        note(
+            f"{path}: these weights are for images of {pixels} pixels, and are resampled for "
+            f"{config.DATA.IMAGE_SIZE}"
+        )
+    checkpoint.assign_weights(model, weights, path)
+    model.eval()
+    return model
+
+
+class Images:
+    """A data set for datasets.build_loader whose broken images end nothing.
+
+    An item is (uint8 [size, size, 3], index); an image that cannot be read is black and has the
+    index ~index.
+    """
+
+    def __init__(self, paths, config):
+        from datasets import ImageDataset
+        from transforms import build_transform
+
+        self.transform = build_transform(config, train=False)
+        self._dataset = ImageDataset(_Paths(paths), self.transform, config.SEED)
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, key):
+        import numpy as np
+
+        from datasets import DataError
+
+        try:
+            return self._dataset[key]
+        except DataError:
+            return np.zeros([self.transform.image_size] * 2 + [3], np.uint8), ~key[1]
+
+    def why(self, index):
+        """What is wrong with an image: the sentence of a run, which names a list before it."""
+        from datasets import DataError
+
+        try:
+            self._dataset.read(index)
+        except DataError as error:
+            return str(error).removeprefix(_Paths.prefix)
+        return f"{self._dataset.images.image_path(index)}: it could not be read just now"
+
+
+class _Paths:
+    """Stands in for a datasets.ImageList: what counts is the path, and the label is its index."""
+
+    path, prefix = "", ":0: "
+
+    def __init__(self, paths):
+        self.paths, self.labels = paths, range(len(paths))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def image_path(self, index):
+        return self.paths[index]
+
+    def line_number(self, index):
+        return 0
+
+
+def predict(model, config, paths, classes, k, problem):
+    """Classifies images.
+
+    Args:
+        model: in evaluation mode, with its weights.
+        config: the merged config.
+        paths: image files.
+        classes: a Class for each label.
+        k: choices per image; all where there are fewer classes.
+        problem: called with a sentence about each image that cannot be read.
+
+    Yields:
+        (number of images, list of Prediction) for each batch; those that cannot be read are missing
+        in the list.
+
+    Raises:
+        cli.Failed: the model gives infinities or NaN.
+        DataError: the loader cannot work.
+    """
+    import numpy as np
+    import paddle
+    from paddle.nn import functional as F
+
+    from datasets import EvalSampler, build_loader
+    from transforms import build_batch_transform
+
+    images = Images(paths, config)
+    sampler = EvalSampler(len(paths), config.DATA.BATCH_SIZE_EVAL, 0, 1)
+    workers = config.DATA.NUM_WORKERS
+    if workers < 0:  # a single batch needs none
+        workers = launch.default_workers(paddle.get_device().startswith("gpu"))
+        workers = workers if len(sampler) > 1 else 0
+    transform = build_batch_transform(config, train=False)
+    batches = build_loader(images, sampler, workers)
+    with contextlib.closing(batches):
+        for pixels, indices in batches:
+            with paddle.no_grad():
+                logits = model(transform(pixels, indices)[0]).astype("float32")
+                probabilities = F.softmax(logits).numpy()
+            pixels, indices, logits = pixels.numpy(), indices.numpy(), logits.numpy()
+            # By the logits, as accuracy counts: probabilities may be equal where they are not.
+            order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+            predictions = []
+            for row, index in enumerate(indices):
+                if index < 0:
+                    problem(images.why(~index))
+                    continue
+                path = paths[index]
+                if not np.isfinite(logits[row]).all():
+                    raise cli.Failed(
+                        f"{show(path)}: the model's outputs for it are not finite numbers: the "
+                        "weights are spoilt"
+                    )
+                choices = [
+                    Choice(i, *classes[i], probabilities[row, i]) for i in order[row].tolist()
+                ]
+                predictions.append(Prediction(path, pixels[row], choices))
+            yield len(indices), predictions
+
+
+def write_table(file, predictions, first):
+    """A line per image, and one per choice below it."""
+    for path, _, choices in predictions:
+        file.write(f"{show(path)}\n")
+        digits = max(len(str(choice.label)) for choice in choices)
+        for label, name, _, probability in choices:
+            name = "" if name == str(label) else f"  {show(name)}"
+            file.write(f"  {100 * probability:6.2f}%  {label:>{digits}}{name}\n")
+
+
+def write_jsonl(file, predictions, first):
+    """An object per line and image, in ASCII."""
+    for path, _, choices in predictions:
+        top = [{**choice._asdict(), "probability": _number(choice)} for choice in choices]
+        file.write(json.dumps({"path": path, "top": top}) + "\n")
+
+
+def write_csv(file, predictions, first):
+    """A row per image and choice."""
+    # Quoted throughout: otherwise Python before 3.13 leaves a "\r" in a name bare.
+    writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    if first:
+        writer.writerow(["path", "rank", "label", "name", "synset", "probability"])
+    for path, _, choices in predictions:
+        for rank, choice in enumerate(choices, 1):
+            label, name, synset, _ = choice
+            writer.writerow([path, rank, label, name, synset or "", _number(choice)])
+
+
+def _number(choice):
+    return float(str(choice.probability))  # the fewest digits that are the same float32
+
+
+_WRITERS = {"table": write_table, "jsonl": write_jsonl, "csv": write_csv}
+
+
+class Sheet:
+    """A picture of images with their classes below them.
+
+    Args:
+        path: the new file.
+        font: a font's file, or None for Pillow's own, which has Latin letters.
+
+    Raises:
+        ConfigError: there is a file already, its suffix is of no known format, the font is none.
+    """
+
+    def __init__(self, path, font):
+        from PIL import ImageFont
+
+        self.path, self.predictions, self.left_out = path, [], 0
+        self.format = _PLOT_FORMATS.get(os.path.splitext(path)[1].lower())
+        if not self.format:
+            raise ConfigError(f"{path}: -plot takes a name that ends in {', '.join(_PLOT_FORMATS)}")
+        if os.path.lexists(path):
+            raise ConfigError(f"{path}: is there already: give -plot another name, or remove it")
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise ConfigError(f"{path}: there is no such folder to write to")
+        try:
+            self.font = ImageFont.truetype(font, _FONT_SIZE) if font else _default_font(ImageFont)
+        except OSError as error:
+            raise ConfigError(f"{font}: -font cannot be read as a font: {error}") from error
+
+    def add(self, predictions):
+        """Takes the first images, and counts the others."""
+        free = _PLOT_IMAGES - len(self.predictions)
+        self.predictions += predictions[:free]
+        self.left_out += len(predictions[free:])
+
+    def save(self, problem):
+        """Draws and writes the picture.  Raises OSError with its path."""
+        if not self.predictions:
+            problem(f"{self.path}: is not written, as no image could be read")
+            return
+        if self.left_out:
+            note(
+                f"{self.path}: has the first {_PLOT_IMAGES} images, without {self.left_out:,} more"
+            )
+        data = io.BytesIO()
+        self.draw().save(data, self.format)
+        temporary = temporary_path(self.path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data.getvalue())
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+
+    def draw(self):
+        """The picture, a PIL image."""
+        from PIL import Image, ImageDraw
+
+        lines = min(_PLOT_LINES, len(self.predictions[0].choices))
+        columns = min(_PLOT_COLUMNS, math.ceil(math.sqrt(len(self.predictions))))
+        rows = math.ceil(len(self.predictions) / columns)
+        line_height = math.ceil(1.3 * _FONT_SIZE)
+        width, height = _SIDE + _GAP, _SIDE + lines * line_height + 2 * _GAP
+        sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+        draw = ImageDraw.Draw(sheet)
+        for number, (_, pixels, choices) in enumerate(self.predictions):
+            x, y = number % columns * width + _GAP, number // columns * height + _GAP
+            small = len(pixels) < _SIDE  # whose pixels are to be seen
+            method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+            sheet.paste(Image.fromarray(pixels).resize((_SIDE, _SIDE), method), (x, y))
+            y += _SIDE + _GAP // 2
+            for line, choice in enumerate(choices[:lines]):
+                text = self._fit(draw, f"{100 * choice.probability:.1f}%  {choice.name}")
+                color = "gray" if line else "black"
+                draw.text((x, y + line * line_height), text, color, self.font)
+        return sheet
+
+    def _fit(self, draw, text):
+        """A text that is as wide as an image, or shorter, in characters that the font has."""
+        from PIL import ImageFont
+
+        text = "".join(c if c.isprintable() else "?" for c in text)
+        if not isinstance(self.font, ImageFont.FreeTypeFont):
+            text = text.encode("latin-1", "replace").decode("latin-1")
+        short = text
+        while draw.textlength(short, self.font) > _SIDE:
+            text = text[:-1]
+            short = text + "..."
+        return short
+
+
+def _default_font(fonts):
+    try:
+        return fonts.load_default(_FONT_SIZE)
+    except TypeError:  # Pillow before 10.1: one of a fixed size
+        return fonts.load_default()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(build_parser(), work))
