@@ -128,6 +128,7 @@ _KEYS = {
     "KEEP_LAST": _whole(0, 0),  # new: how many Epoch-<n> files to keep, the newest; 0: all
     "REPORT_FREQ": _whole(20, 1),  # batches between reports
     "VALIDATE_FREQ": _whole(1, 1),  # epochs between validations
+    "VISUALDL": _switch(False),  # new: show a training in VisualDL, from its folder's visualdl/
     "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
     "EVAL": _switch(False),  # evaluate only
     "AMP": _switch(False),  # mixed precision on GPU, in training and evaluation

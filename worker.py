@@ -48,6 +48,7 @@ class Worker:
         self.config = config
         self.rank, self.world_size = utils.init_distributed()
         self.warnings = []  # for the log, once there is one
+        self._check_dashboard()
         paddle.seed(config.SEED)
         self.model = build_model(config)
         self.val_data = build_dataset(config, train=False)
@@ -61,11 +62,42 @@ class Worker:
             self.start, self.start_path = self._load_start()
         self.log = utils.setup_logging(self.folder, self.rank)
         self.metrics = utils.MetricsFile(self.folder, self.rank)
+        if self._has_dashboard:
+            rows = self._rows_until_start()
+            self.metrics.dashboard = utils.VisualDL(self.folder, rows, self.log.warning)
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         if config.AMP and not self.amp:
             device = f"GPU without {config.AMP_DTYPE}" if self.on_gpu else "CPU, without AMP"
             self.warnings.append(f"-amp: this is a {device}: running float32")
         self._log_start()
+
+    @property
+    def _has_dashboard(self):
+        return self.config.VISUALDL and not self.config.EVAL and self.rank == 0
+
+    def _check_dashboard(self):
+        """Fails now, and not after minutes of loading, where the package is not there."""
+        if self._has_dashboard:
+            try:
+                utils.import_visualdl()
+            except ImportError as error:
+                raise ConfigError(
+                    f"VISUALDL needs the package visualdl, which cannot be imported ({error}): "
+                    "pip install visualdl==2.5.3, or leave VISUALDL False"
+                ) from None
+
+    def _rows_until_start(self):
+        """What this folder's metrics.jsonl has from before the checkpoint that the run goes on."""
+        try:
+            rows = utils.read_metrics(self.metrics.path)
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            self.warnings.append(f"VISUALDL shows nothing from before this start: {error}")
+            return []
+        start = self.start or {}
+        done = (start.get("epoch", 0), start.get("batch", 0), math.inf)
+        return [row for row in rows if utils.metrics_place(row) <= done]
 
     def _load_start(self):
         """(checkpoint, path) to go on from, its weights in the model; or (None, None)."""
