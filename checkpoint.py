@@ -17,6 +17,7 @@ import paddle
 
 import pdparams
 from compat import create_accumulators
+from files import new_file
 from pdparams import WeightsError
 
 _HEAD = ("head.weight", "head.bias")
@@ -65,12 +66,9 @@ def read(path, require_checksum=False):
         tree["model_ema"] = None
     else:
         weights_of({"model": tree["model_ema"]}, path)
-    wrong = [key for key in ("epoch", "step", "batch") if not _is_count(tree.get(key, 0))]
-    wrong += ["batch"] if "batch" not in wrong and not _is_batch_of(tree) else []
-    wrong += ["loss"] if not _is_finite(tree.get("loss", 0.0)) else []
-    wrong += ["amp_grad_scaler"] if not isinstance(tree.get("amp_grad_scaler", {}), dict) else []
-    wrong += ["run"] if not _is_run(tree.get("run", {})) else []
-    wrong += ["best"] if not _is_best(tree.get("best", {})) else []
+    wrong = _wrong_keys(tree, _SCHEMA)
+    if not wrong and not _has_that_batch(tree):
+        wrong = ["batch"]
     if wrong:
         raise WeightsError(
             f"{path}: {' and '.join(wrong)} in it cannot be: take another checkpoint"
@@ -90,29 +88,48 @@ def _is_finite(value):
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _is_run(value):
-    # What it says goes into a warning, so no line ends or terminal escapes.
-    return isinstance(value, dict) and all(
-        _is_count(v) or (type(v) is str and v.isprintable() and len(v) <= 200)
-        for v in value.values()
-    )
+def _is_name(value):
+    # It goes into a warning: no line ends or terminal escapes.
+    return type(value) is str and value.isprintable() and len(value) <= 200
 
 
-def _is_batch_of(tree):
+# What a training checkpoint may hold beside weights and optimizer state, which are checked against
+# the model.  Any key may be missing, as in PaddleViT's files.
+_SCHEMA = {
+    "epoch": _is_count,
+    "step": _is_count,
+    "batch": _is_count,
+    "loss": _is_finite,
+    "best": {"acc1": _is_finite, "epoch": _is_count},
+    "run": {
+        "model_name": _is_name,
+        **dict.fromkeys(("images", "ranks", "threads", "batch_size"), _is_count),
+        **dict.fromkeys(("accum_iter", "seed"), _is_count),
+    },
+    "amp_grad_scaler": {},
+}
+
+
+def _wrong_keys(tree, schema):
+    """The keys whose values are not what the schema says: a function that is true, or a dict."""
+    return [
+        key
+        for key, wanted in schema.items()
+        if key in tree and not (wanted(tree[key]) if callable(wanted) else _fits(tree[key], wanted))
+    ]
+
+
+def _fits(value, schema):
+    return isinstance(value, dict) and not _wrong_keys(value, schema)
+
+
+def _has_that_batch(tree):
     """Whether an epoch of the run that made a checkpoint has as many batches as it counts."""
-    run = tree.get("run", {})
-    if not tree.get("batch") or not isinstance(run, dict):
+    if not tree.get("batch"):
         return True
-    images, batch_size, ranks = (run.get(key) for key in ("images", "batch_size", "ranks"))
-    if not all(type(value) is int and value > 0 for value in (images, batch_size, ranks)):
-        return False
-    return tree["batch"] * batch_size * ranks <= images
-
-
-def _is_best(value):
-    if not isinstance(value, dict):
-        return False
-    return not value or (_is_finite(value.get("acc1", 0.0)) and _is_count(value.get("epoch")))
+    run = tree.get("run", {})
+    images, batch_size, ranks = (run.get(key, 0) for key in ("images", "batch_size", "ranks"))
+    return 0 < batch_size * ranks * tree["batch"] <= images
 
 
 def check_weights(model, weights, path, allow_new_head=False):
@@ -208,16 +225,17 @@ def _state_names(optimizer, model, state):
     return names
 
 
-def save(folder, tree, names=(), before=None):
+def save(folder, tree, names=(), last_good=None):
     """Writes a checkpoint as `last.pdparams`; the one before becomes `previous.pdparams`.
 
-    Whenever the process is killed, the newest complete checkpoint has a name and so has another.
+    Whenever the process is killed, the newest complete checkpoint has a name and so has another:
+    in between that name is `new.pdparams`, which `-resume auto` finds like any other.
 
     Args:
         folder: the run's folder.
         tree: what to write, see pdparams.write.
         names: further names for the same file, without the suffix.
-        before: path of the checkpoint that this run has saved last, or went on from; a damaged
+        last_good: path of the checkpoint that this run has saved last, or went on from; a damaged
             `last.pdparams` that was passed over is not it.
 
     Raises:
@@ -226,11 +244,11 @@ def save(folder, tree, names=(), before=None):
     new, last, previous, *others = (
         os.path.join(folder, f"{name}.pdparams") for name in ("new", "last", "previous", *names)
     )
-    pdparams.write(new, tree)
+    pdparams.write(new, tree)  # a name of its own until the others have it: links need one
     for other in others:
         _link(new, other)
-    if before and os.path.dirname(before) == os.fspath(folder) and before != previous:
-        _link(before, previous)
+    if last_good and os.path.dirname(last_good) == os.fspath(folder) and last_good != previous:
+        _link(last_good, previous)
     os.replace(new, last)
 
 
@@ -258,29 +276,13 @@ def remove_old_epochs(folder, count):
     return [f"removed {os.path.basename(path)} (KEEP_LAST {count})" for path in old]
 
 
-def remove_temporary_files(folder):
-    """Removes what killed processes left half written; for who alone writes in this folder."""
-    for path in glob.glob(pdparams.temporary_path(os.path.join(glob.escape(folder), "*"), "*")):
-        with contextlib.suppress(OSError):
-            os.remove(path)
-
-
 def _link(source, target):
     """A second name for a file that is never changed in place; a copy where links are refused."""
-    temporary = pdparams.temporary_path(target)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(temporary)  # of a killed process with this number: may be a link to a checkpoint
-    try:
+    with new_file(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copy2(source, temporary)  # with its time, by which the newest is found
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        reason = error.strerror or error
-        raise OSError(error.errno, f"{target} cannot be written: {reason}") from error
 
 
 def candidates(save_folder):

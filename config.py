@@ -19,6 +19,8 @@ from collections import namedtuple
 import yaml
 from yacs.config import CfgNode
 
+from files import show_path
+
 _NO_LIMIT = sys.float_info.max  # so that infinity and NaN are refused
 _ABOVE_0 = 5e-324  # the smallest float
 
@@ -246,7 +248,7 @@ def _merge_file(config, path, read, children=()):
         read: the texts of all files so far, in a list that grows.
         children: the files that led here.
     """
-    name = _show_path(path)
+    name = show_path(path)
     read.append(_read_text(path, name))
     if len(read) > _FILES_LIMIT:
         raise ConfigError(f"{name}: BASE leads to more than {_FILES_LIMIT} files")
@@ -444,13 +446,6 @@ def _parse(key, text):
         return yaml.load(text, _YamlLoader)
     except Exception:  # as in _read_yaml
         return text  # _convert says what was expected instead
-
-
-def _show_path(path):
-    """A path for a message: quoted where it holds line ends and the like, and not too long."""
-    text = str(path)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _show(value):

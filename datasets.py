@@ -16,7 +16,8 @@ import numpy as np
 import paddle
 from PIL import Image
 
-from launch import die_with_parent, remove_batches
+from files import show_path
+from process import die_with_parent, remove_batches
 from transforms import build_transform
 
 _LINE_LIMIT = 5000  # bytes; a path has at most 4096
@@ -386,11 +387,6 @@ def _parse_line(line, num_classes):
             f"(MODEL.NUM_CLASSES is {num_classes})"
         )
     return path, label
-
-
-def show_path(path):
-    """A path for a message: quoted where it holds control characters, as lists may."""
-    return path if path.isprintable() else repr(path)
 
 
 def _show(raw):

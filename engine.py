@@ -89,7 +89,6 @@ def train_one_epoch(training, batches, epoch, total, first_batch=0, losses=None)
             images_per_second = images_seen / (time.perf_counter() - start)
             training.report(epoch, batch + 1, mean_loss, images_per_second)
             recent, images_seen, start = MeanMeter(), 0, time.perf_counter()
-            stop.request.share()
         if _ends_step(training, batch, total):
             training.after_step(epoch, batch + 1, losses)
     return losses.read()
@@ -153,7 +152,7 @@ def validate(model, batches, batch_transform, autocast):
         correct += top_k_counts(logits, labels)
         loss_sum += F.cross_entropy(logits, labels, reduction="none").astype("float64").sum()
         seen += len(labels)
-    stop.meet()
+    stop.barrier()
     correct = all_reduce_sum(correct).numpy()
     num_images = int(all_reduce_sum(paddle.to_tensor(seen, dtype="int64")))
     return {

@@ -3,14 +3,11 @@
 `paddle.distributed.launch` starts ranks on many hosts; under it `is_rank()` is true and nothing is
 started here.  On one host this module does the same with less ceremony.  It is our own because
 `paddle.distributed.spawn` leaves the ranks running when their parent is killed, and needs Paddle in
-the parent before the number of threads per rank is known.  Paddle is imported by
-import_paddle() alone.
+the parent before the number of threads per rank is known.
 """
 
 import contextlib
 import ctypes
-import glob
-import io
 import json
 import math
 import os
@@ -19,69 +16,18 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 
+from files import remove_temporary_files
+from process import REPORT_PIPE, die_with_parent, remove_batches
+
+# What stops a hang of ranks that were asked to end.  Besides, stop.py limits how long a rank waits
+# for another, datasets.py how long for a loader worker, and gloo a collective (30 s).
 _GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that of the others
 _SILENCE_SECONDS = 60  # of ranks that were asked to end: one that hangs has no other end
 _SAME_REQUEST_SECONDS = 1  # some schedulers signal a process and then its group
-_REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
 
-
-def is_rank():
-    """Whether a launcher, ours or Paddle's, started this process as a rank."""
-    return "PADDLE_TRAINER_ID" in os.environ
-
-
-def local_ranks():
-    """How many ranks run on this host."""
-    return int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
-
-
-def available_cores():
-    """The cores that this process may use, by its affinity and its cgroup's quota; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu.max") as file:  # cgroup v2: "quota period" or "max period"
-            quota, period = file.read().split()
-        cores = min(cores, int(quota) // int(period))
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:  # cgroup v1: -1 is no limit
-            quota = int(file.read())
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-            period = int(file.read())
-        if quota > 0:
-            cores = min(cores, quota // period)
-    return max(1, cores)
-
-
-def set_threads(ranks):
-    """Shares the cores out among the ranks of this host, unless OMP_NUM_THREADS is set already.
-
-    Has to run before Paddle is imported: Paddle takes one thread where the variable is unset.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
-
-
-def import_paddle():
-    """Paddle with this rank's share of the cores, without its notes and its signal handlers."""
-    set_threads(local_ranks())
-    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
-    warnings.filterwarnings("ignore", message="No ccache found")
-    with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
-        import paddle
-
-    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
-    return paddle
-
-
-def default_workers(on_gpu):
-    """Loader workers per rank: this host's cores shared out among its ranks.
-
-    On a GPU machine the workers have the cores to themselves.  On the CPU one core of each rank's
-    share is left to the model; a rank with one core loads in its own process (0 workers).
-    """
-    share = max(1, available_cores() // local_ranks())
-    return min(share, 16) if on_gpu else share - 1
+# What a rank ends with that was asked to: by stop.py, or before that by the signal itself.
+_AS_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def count_gpus():
@@ -131,8 +77,9 @@ def run(ranks, gpus, command):
 
     When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM reach the
     ranks as a SIGTERM, the second one as a SIGKILL; so does the first, where the ranks then show no
-    sign of life (report_alive, report_busy).  When this process is killed, the kernel sends them a
-    SIGTERM.  No process, temporary file or batch in shared memory is left of a killed rank.
+    sign of life (process.report_alive, process.busy).  When this process is killed, the kernel
+    sends them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed
+    rank.
 
     Args:
         ranks: number of processes.
@@ -157,7 +104,8 @@ def run(ranks, gpus, command):
     reports.read()
     remove_batches(pids)
     if reports.folder:
-        _remove_temporary_files(reports.folder, pids)
+        for pid in pids:
+            remove_temporary_files(reports.folder, pid)
     code = 0 if failed is None else processes[failed].returncode
     # The rank that knows what went wrong, even where another ended first as a consequence.
     own = next((error for error in reports.errors if error["status"]), None)
@@ -183,80 +131,6 @@ def _describe_failure(failed, code, ranks, reports):
         parts += ["the other ranks were ended"] if ranks > 1 else []
         print("; ".join(parts), file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
-
-
-def die_with_parent(parent, number):
-    """Has the kernel send this process a signal when its parent ends (on Linux).
-
-    Args:
-        parent: the parent's process id; where it has ended already, this process does too.
-        number: the signal.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, number)  # 1 is PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def describe_error(error):
-    """One sentence; an OSError's own text would begin with its number."""
-    if not (isinstance(error, OSError) and error.strerror):
-        return str(error)
-    # Without a file name it is one of pdparams.write's, with the sentence in strerror.
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-
-
-def report_error(message, status=None):
-    """Prints an error, or has the launcher print it once however many ranks report it.
-
-    Args:
-        message: one sentence.
-        status: what this rank ends with, for an error of its own; None where it may only be the
-            consequence of another rank's end.
-    """
-    text = message.encode(errors="replace")[:3000].decode(errors="ignore")
-    if not _report(error=text, status=status):
-        print(message, file=sys.stderr, flush=True)
-
-
-def report_folder(folder):
-    """Tells the launcher where this run's files are: it names the log of a rank that fails."""
-    _report(folder=os.path.abspath(folder))
-
-
-def report_alive():
-    """Tells the launcher that this rank, which was asked to end, gets on."""
-    _report()
-
-
-def report_busy(busy):
-    """Tells the launcher when a rank begins, and ends, what may take long for a good reason."""
-    _report(busy=busy)
-
-
-def remove_batches(pids):
-    """Removes the batches that ended loader workers left in shared memory.
-
-    Args:
-        pids: their process ids; Paddle names a batch's file after the process that made it.
-    """
-    for pid in pids:
-        for path in glob.glob(f"/dev/shm/paddle_{pid}_*"):
-            with contextlib.suppress(OSError):
-                os.remove(path)
-
-
-def _report(**what):
-    """Whether there is a launcher, and it was told."""
-    if _REPORT_PIPE not in os.environ:
-        return False
-    rank = int(os.environ["PADDLE_TRAINER_ID"])
-    line = json.dumps({"rank": rank, **what}, ensure_ascii=False) + "\n"
-    with contextlib.suppress(OSError):
-        # One write below PIPE_BUF is atomic, so that ranks do not mix their sentences.
-        os.write(int(os.environ[_REPORT_PIPE]), line.encode(errors="replace"))
-        return True
-    return False
 
 
 def _environments(ranks, on_gpu):
@@ -296,7 +170,7 @@ def _start_rank(rank, env, command, writer):
         os.setpgid(0, 0)
         die_with_parent(parent, signal.SIGTERM)
 
-    env[_REPORT_PIPE] = str(writer)
+    env[REPORT_PIPE] = str(writer)
     return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=prepare)
 
 
@@ -304,10 +178,6 @@ def _adopt_orphans():
     """Makes this process the parent of what a rank leaves behind (on Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # 36 is PR_SET_CHILD_SUBREAPER
-
-
-# What a rank ends with that was asked to: by stop.py, or before that by the signal itself.
-_AS_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 class _Signals:
@@ -404,11 +274,3 @@ def _end_groups(groups):
             while True:
                 pids.append(os.waitpid(-group, 0)[0])
     return pids
-
-
-def _remove_temporary_files(folder, pids):
-    """Removes what killed ranks have written half; pdparams.temporary_path gives the names."""
-    for pid in pids:
-        for path in glob.glob(os.path.join(glob.escape(folder), f".*.tmp-{pid}")):
-            with contextlib.suppress(OSError):
-                os.remove(path)

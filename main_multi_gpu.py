@@ -14,12 +14,13 @@ import traceback
 
 try:
     import launch
+    import process
     from config import get_config, update_config
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
-# Paddle is imported in run(), after the number of threads is set and only in the processes that
-# compute: -h and a wrong flag answer at once.
+# Paddle is imported in run_rank(), after the number of threads is set and only in the processes
+# that compute: -h and a wrong flag answer at once.
 
 
 def build_parser():
@@ -60,47 +61,53 @@ def main(argv):
     args = parser.parse_args(argv)
     try:
         config = update_config(get_config(), args)
-        if not launch.is_rank():
+        if not process.is_rank():
             gpus = launch.count_gpus()
             ranks, warning = launch.choose_ranks(args.nprocs, gpus)
     except ValueError as error:  # ConfigError, and choose_ranks's
-        launch.report_error(f"{parser.prog}: {error}")
+        process.report_error(f"{parser.prog}: {error}")
         return 2
-    if launch.is_rank():
-        return run(config)
+    if process.is_rank():
+        return run_rank(config)
     if warning:
         print(f"{parser.prog}: {warning}", file=sys.stderr, flush=True)
     return launch.run(ranks, gpus, [sys.executable, os.path.abspath(__file__), *argv])
 
 
-def run(config):
-    """One rank's work.  Returns the exit status: 0, 1 (failed while running), 2 (asked wrongly)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; trainer.py has its own handler
-    launch.import_paddle()
-    import worker
-    from datasets import explain_dead_workers
+def run_rank(config):
+    """One rank's work.
+
+    Returns:
+        The exit status: 0; 1 for what failed while running, 2 for what was asked wrongly; 143 or
+        130 where the run was asked to end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; stop.py's handler comes later
+    process.import_paddle()
+    from checkpoint import WeightsError
+    from config import ConfigError
+    from datasets import DataError, explain_dead_workers
+    from engine import NonFiniteLoss
+    from run import Run, evaluate
     from trainer import Trainer
 
     config.freeze()
     try:
-        parts = worker.Worker(config)
-        program = functools.partial(worker.evaluate, parts) if config.EVAL else Trainer(parts).run
-    except worker.SETUP_ERRORS as error:
-        launch.report_error(launch.describe_error(error), 2)
+        run = Run(config)
+        program = functools.partial(evaluate, run) if config.EVAL else Trainer(run).train
+    except (ConfigError, DataError, WeightsError, OSError) as error:
+        process.report_error(process.describe_error(error), 2)
         return 2
     try:
         with explain_dead_workers():
-            program()
-    except worker.RUN_ERRORS as error:
-        message = launch.describe_error(error)
-        launch.report_error(message, 1)
-        parts.log.error(message)
-        return 1
+            return program()
+    except (DataError, WeightsError, NonFiniteLoss, OSError) as error:
+        message = process.describe_error(error)
+        process.report_error(message, 1)
+        run.log.error(message)
     except Exception as error:  # a bug, or a rank that another one left alone
-        parts.log.error(traceback.format_exc(), extra={"file_only": True})
-        launch.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
-        return 1
-    return 0
+        run.log.error(traceback.format_exc(), extra={"file_only": True})
+        process.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
+    return 1
 
 
 if __name__ == "__main__":

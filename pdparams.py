@@ -18,9 +18,10 @@ import pickletools
 import stat
 import struct
 import types
-from contextlib import suppress
 
 import numpy as np
+
+from files import new_file, show_path
 
 # An S/16 training checkpoint with EMA takes 72,000 opcodes; of those that a hostile file would
 # choose, 300,000 take more than a second.
@@ -80,7 +81,7 @@ def read(path, require_checksum=False):
             anything that weights do not need.
     """
     path = os.fspath(path)
-    shown = _shown_path(path)
+    shown = show_path(path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -116,36 +117,18 @@ def write(path, tree):
     """
     import paddle  # here, so that reading needs no Paddle
 
-    path = os.fspath(path)
-    shown = _shown_path(path)
+    shown = show_path(path)
     try:
         _check_tree(tree, tensor_type=paddle.Tensor)
     except WeightsError as error:
         raise WeightsError(f"{shown} cannot be written, the tree {error}") from None
 
-    temporary = temporary_path(path)
-    try:
+    with new_file(path) as temporary:
         open(temporary, "wb").close()  # fails without a folder, which paddle.save would create
         paddle.save(tree, temporary, protocol=4)
         _append_trailer(temporary)
         if os.path.getsize(temporary) > _MAX_SIZE:
             raise WeightsError(f"{shown} cannot be written: above {_MAX_SIZE >> 30} GB")
-        os.replace(temporary, path)
-    except BaseException as error:  # Ctrl-C too
-        with suppress(OSError):
-            os.remove(temporary)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise OSError(error.errno, f"{shown} cannot be written: {reason}") from error
-        raise
-    with suppress(OSError):  # the file is whole; some network file systems cannot sync a folder
-        _sync_folder(os.path.dirname(temporary))
-
-
-def temporary_path(path, pid=None):
-    """Where a process, this one or `pid`, writes before the file takes the name `path`."""
-    folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(folder, f".{name}.tmp-{pid or os.getpid()}")
 
 
 def sha256(path):
@@ -187,14 +170,6 @@ def _append_trailer(path):
         file.write(_TRAILER + digest)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _parse(file, size, path):
@@ -303,10 +278,6 @@ def _check_key(key):
 
 def _shown(text):
     return ascii(text[:100]) if isinstance(text, str) else type(text).__name__
-
-
-def _shown_path(path):
-    return path if path.isprintable() else ascii(path)
 
 
 class _Source:

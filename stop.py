@@ -2,10 +2,15 @@
 
     with stop.request.finishing():  # SIGTERM and SIGINT no longer end the process
         ...
-            if stop.request.is_due(steps_done):  # the same step on every rank
+            if stop.request.is_due_after(steps_done):  # the same step on every rank
                 raise stop.Stopped
 
-Before a signal comes this costs training one small all-reduce a report.
+Signals reach ranks at different moments, and a rank that leaves alone leaves the others hanging in
+a collective.  So within steps a rank announces how far it is, in the key-value store that Paddle
+starts for all ranks, and all stop after the step that the furthest can still reach with the others
+(is_due_after).  Outside of steps they stop at the next barrier, where one that will not come counts
+as so many that none passes (barrier).  A host whose ranks got no signal learns of it at the next
+report (share).  Before a signal comes this costs training one small all-reduce a report.
 """
 
 import contextlib
@@ -17,14 +22,14 @@ import time
 import paddle
 from paddle import distributed as dist
 
-from launch import report_alive
+from process import report_alive
 
 # Further behind is only a rank whose host is gone without closing its connections.  This one waits
 # for it in C++ code then, which neither ends by itself nor lets Python run.
-_MEETING_SECONDS = 1800
+_BARRIER_SECONDS = 1800
 
-_LEFT = 1 << 30  # instead of 1, what a rank that will not come adds to a meeting's count
-_meetings = itertools.count()
+_QUIT = 1 << 30  # instead of 1, what a rank that will not come adds to a barrier's count
+_barriers = itertools.count()
 
 
 class Stopped(Exception):
@@ -35,17 +40,17 @@ class StopRequest:
     """Whether this process was asked to end.
 
     Attributes:
-        number: the signal that came first; None before.
+        signal_number: the signal that came first; None before.
     """
 
     def __init__(self):
-        self.number = None
+        self.signal_number = None
         self._announced = False
         self._last_step = None
 
     @contextlib.contextmanager
     def finishing(self):
-        """In here SIGTERM and SIGINT do not end the process; is_due and meet ask for them."""
+        """In here SIGTERM and SIGINT do not end the process; the methods below ask for them."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.take)
             # Paddle's store does not stand a system call that a signal interrupts.
@@ -58,15 +63,15 @@ class StopRequest:
 
     def take(self, number, frame=None):
         """The signals' handler; a second one does not end what the first has begun."""
-        if self.number is None:
-            self.number = number
+        if self.signal_number is None:
+            self.signal_number = number
 
     def show_life(self):
         """Tells the launcher, once a signal has come, that another batch is done."""
-        if self.number is not None:
+        if self.signal_number is not None:
             report_alive()
 
-    def is_due(self, steps):
+    def is_due_after(self, steps):
         """Whether all ranks stop now; to be asked on every rank after each optimizer step.
 
         Signals reach the ranks at different steps.  A rank that got one announces how far it is and
@@ -76,7 +81,7 @@ class StopRequest:
         Args:
             steps: optimizer steps that this rank has tried, the same count on all ranks.
         """
-        if self.number is None:
+        if self.signal_number is None:
             return False
         if not dist.is_initialized():
             return True
@@ -97,26 +102,26 @@ class StopRequest:
         To be called on all ranks together, between steps.
         """
         if dist.is_initialized():
-            number = paddle.to_tensor(self.number or 0, dtype="int64")
+            number = paddle.to_tensor(self.signal_number or 0, dtype="int64")
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
             if int(number):
                 self.take(int(number))
 
     def raise_if_asked(self):
-        """Raises Stopped where no step is under way, as in validation; the others follow in meet.
+        """Raises Stopped where no step is under way, as in validation.
 
-        All ranks have done the same steps there, so there is nothing to agree on.
+        All ranks have done the same steps there; the others follow at the next barrier.
         """
-        if self.number is not None:
+        if self.signal_number is not None:
             if dist.is_initialized():
-                _add(f"gmlp/meeting/{next(_meetings)}", _LEFT)
+                _add(f"gmlp/barrier/{next(_barriers)}", _QUIT)
             raise Stopped
 
 
 request = StopRequest()
 
 
-def meet():
+def barrier():
     """Waits until every rank is here, however long that takes.
 
     gloo's collectives give up after 30 seconds, which ranks can be apart after a long evaluation or
@@ -128,20 +133,20 @@ def meet():
     request.raise_if_asked()
     if not dist.is_initialized():
         return
-    if _wait_for_all(f"gmlp/meeting/{next(_meetings)}") > dist.get_world_size():
+    if _wait_for_all(f"gmlp/barrier/{next(_barriers)}") > dist.get_world_size():
         raise Stopped
 
 
-def part():
+def leave_together():
     """Waits, after Stopped, until every rank is done: launchers end all when the first one ends."""
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError, ValueError):  # the store went with rank 0
-            _wait_for_all("gmlp/stop/parting")
+            _wait_for_all("gmlp/stop/leaving")
 
 
 def _wait_for_all(key):
     """How many ranks are here, once all are; ends this process where that takes too long."""
-    faulthandler.dump_traceback_later(_MEETING_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(_BARRIER_SECONDS, exit=True)
     try:
         here = _add(key, 1)
         while here < dist.get_world_size():

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import time
 from typing import NamedTuple
 
@@ -18,9 +17,9 @@ import stop
 import utils
 from config import ConfigError
 from datasets import DataError, TrainSampler, batches_per_epoch
-from launch import report_busy
+from process import busy
+from run import build_model, describe_scores
 from transforms import build_batch_transform
-from worker import build_model, describe_scores
 
 
 class _Place(NamedTuple):
@@ -32,22 +31,22 @@ class _Place(NamedTuple):
 
 
 class Trainer:
-    """What a training run holds beside the worker's parts."""
+    """What a training run holds beside the parts of every run."""
 
-    def __init__(self, worker):
-        self.worker, self.config = worker, worker.config
+    def __init__(self, run):
+        self.run, self.config = run, run.config
         data, train = self.config.DATA, self.config.TRAIN
-        self.batches = batches_per_epoch(len(worker.train_data), data.BATCH_SIZE, worker.world_size)
+        self.batches = batches_per_epoch(len(run.train_data), data.BATCH_SIZE, run.world_size)
         if self.batches == 0:
             raise DataError(
-                f"{worker.train_data.images.path} has {len(worker.train_data)} images, fewer than "
-                f"one batch of {data.BATCH_SIZE} for each of {worker.world_size} rank(s): "
+                f"{run.train_data.images.path} has {len(run.train_data)} images, fewer than "
+                f"one batch of {data.BATCH_SIZE} for each of {run.world_size} rank(s): "
                 "take a smaller -batch_size"
             )
         # A step sees no more batches than an epoch has.
         self.accum_iter = min(train.ACCUM_ITER, self.batches)
         self.steps_per_epoch = -(-self.batches // self.accum_iter)
-        images_per_step = data.BATCH_SIZE * self.accum_iter * worker.world_size
+        images_per_step = data.BATCH_SIZE * self.accum_iter * run.world_size
         self.learning_rates = optim.scaled_learning_rates(train, images_per_step)
         learning_rate = optim.warmup_cosine(
             *self.learning_rates,
@@ -55,7 +54,7 @@ class Trainer:
             total=train.NUM_EPOCHS * self.steps_per_epoch,
         )
         schedule = optim.build_schedule(learning_rate)
-        self.optimizer = optim.build_optimizer(self.config, worker.model, schedule)
+        self.optimizer = optim.build_optimizer(self.config, run.model, schedule)
         self.scaler = self._build_scaler()
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
@@ -63,14 +62,14 @@ class Trainer:
         self.place = _Place(train.LAST_EPOCH)
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
         self.saved, self.saved_place = None, None  # the last checkpoint: its path, what it holds
-        if worker.start is not None:
-            self._restore(worker.start, worker.start_path)
-            worker.start = None  # as large as the model and its optimizer state
+        if run.start is not None:
+            self._restore(run.start, run.start_path)
+            run.start = None  # as large as the model and its optimizer state
         self.training = self._build_training()
         self._log_plan(images_per_step)
 
     def _build_scaler(self):
-        scaler = optim.build_scaler(self.worker.amp, self.config.AMP_DTYPE)
+        scaler = optim.build_scaler(self.run.amp, self.config.AMP_DTYPE)
         if scaler.is_enable() and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
             raise ConfigError(
                 f"AMP_DTYPE float16 cannot run with NumPy {np.__version__}, where Paddle's loss "
@@ -81,37 +80,35 @@ class Trainer:
     def _build_ema(self):
         train = self.config.TRAIN
         if not train.MODEL_EMA:
-            return optim.NoEMA(self.worker.model)
+            return optim.NoEMA(self.run.model)
         average = build_model(self.config)
-        return optim.EMA(
-            self.worker.model, average, train.MODEL_EMA_DECAY, train.MODEL_EMA_FORCE_CPU
-        )
+        return optim.EMA(self.run.model, average, train.MODEL_EMA_DECAY, train.MODEL_EMA_FORCE_CPU)
 
     def _build_training(self):
-        model, no_sync = self.worker.model, contextlib.nullcontext
-        if self.worker.world_size > 1:
+        model, no_sync = self.run.model, contextlib.nullcontext
+        if self.run.world_size > 1:
             model = paddle.DataParallel(model)
             no_sync = model.no_sync
         return engine.Training(
             model=model,
             updater=self.updater,
             batch_transform=build_batch_transform(self.config, train=True),
-            autocast=self.worker.autocast,
+            autocast=self.run.autocast,
             no_sync=no_sync,
             accum_iter=self.accum_iter,
             seed=self.config.SEED,
-            rank=self.worker.rank,
+            rank=self.run.rank,
             report_freq=self.config.REPORT_FREQ,
             report=self._report,
             after_step=self._after_step,
         )
 
     def _log_plan(self, images_per_step):
-        train, log = self.config.TRAIN, self.worker.log
+        train, log = self.config.TRAIN, self.run.log
         start, base, end = self.learning_rates
         total_steps = self.steps_per_epoch * train.NUM_EPOCHS
         log.info(
-            f"{len(self.worker.train_data):,} training and {len(self.worker.val_data):,} "
+            f"{len(self.run.train_data):,} training and {len(self.run.val_data):,} "
             f"validation images; {images_per_step} images per step, {self.steps_per_epoch} steps "
             f"per epoch, {total_steps} steps in all"
         )
@@ -127,27 +124,31 @@ class Trainer:
                 "will not reach its peak (TRAIN.WARMUP_STEPS, TRAIN.WARMUP_EPOCHS)"
             )
 
-    def run(self):
+    def train(self):
         """Trains the remaining epochs, with validation and checkpoints between them.
+
+        Returns:
+            The exit status: 0, or 128 + a signal's number where the run was asked to end and has
+            saved the place where it is.
 
         Raises:
             NonFiniteLoss: going on would spoil the weights; nothing was saved since they were good.
-            SystemExit: the run was asked to end, and has saved the place where it is.
         """
         try:
             with stop.request.finishing():
                 try:
-                    self._train()
+                    self._train_epochs()
                 except stop.Stopped:
-                    self._save_and_leave()
+                    return self._save_and_part()
         except engine.NonFiniteLoss as error:
             raise engine.NonFiniteLoss(
                 f"{error} (optimizer step {self.updater.step}, learning rate "
                 f"{self.optimizer.get_lr():.3e}); last good checkpoint: {self.saved or 'none'}"
             ) from None
+        return 0
 
-    def _train(self):
-        config, log = self.config, self.worker.log
+    def _train_epochs(self):
+        config, log = self.config, self.run.log
         epochs = config.TRAIN.NUM_EPOCHS
         if self.place.epoch >= epochs:
             log.info(f"all {epochs} epochs are done already: nothing to train")
@@ -157,7 +158,7 @@ class Trainer:
             log.info(
                 f"epoch {epoch}/{epochs}: loss {loss:.4f}, {time.perf_counter() - start:.1f} s"
             )
-            self.worker.metrics.write(kind="epoch", epoch=epoch, step=self.updater.step, loss=loss)
+            self.run.metrics.write(kind="epoch", epoch=epoch, step=self.updater.step, loss=loss)
             is_last = epoch == epochs
             improved = False
             if epoch % config.VALIDATE_FREQ == 0 or is_last:
@@ -169,23 +170,23 @@ class Trainer:
             log.info(
                 f"best Acc@1 {self.best['acc1']:.2f} ({weights}) in epoch {self.best['epoch']}"
             )
-        log.info(f"outputs in {self.worker.folder}")
+        log.info(f"outputs in {self.run.folder}")
 
     def _train_epoch(self, epoch):
-        worker, done = self.worker, self.place.batch
+        run, done = self.run, self.place.batch
         sampler = TrainSampler(
-            len(worker.train_data),
+            len(run.train_data),
             self.config.DATA.BATCH_SIZE,
             self.config.SEED,
             epoch,
-            worker.rank,
-            worker.world_size,
+            run.rank,
+            run.world_size,
             done,
         )
         title = f"epoch {epoch}/{self.config.TRAIN.NUM_EPOCHS}"
         losses = utils.MeanMeter(self.place.loss, done)
-        with contextlib.closing(worker.loader(worker.train_data, sampler)) as batches:
-            self.bar = utils.progress_bar(batches, self.batches, title, worker.rank, done)
+        with contextlib.closing(run.loader(run.train_data, sampler)) as batches:
+            self.bar = utils.progress_bar(batches, self.batches, title, run.rank, done)
             return engine.train_one_epoch(
                 self.training, self.bar, epoch, self.batches, done, losses
             )
@@ -194,7 +195,7 @@ class Trainer:
         """Saves and stops in the middle of an epoch, where it is time to."""
         # Of steps that loss scaling skipped too: the same count on every rank and in every run.
         steps = (epoch - 1) * self.steps_per_epoch + -(-batch // self.accum_iter)
-        due_to_stop = stop.request.is_due(steps)
+        due_to_stop = stop.request.is_due_after(steps)
         frequency = self.config.SAVE_FREQ_STEPS
         due_to_save = frequency > 0 and steps % frequency == 0
         if due_to_stop or due_to_save or batch == self.batches:
@@ -209,13 +210,13 @@ class Trainer:
 
     def _report(self, epoch, done, loss, images_per_second):
         rate = self.optimizer.get_lr()
-        speed = images_per_second * self.worker.world_size
+        speed = images_per_second * self.run.world_size
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
-        self.worker.log.debug(
+        self.run.log.debug(
             f"epoch {epoch}/{self.config.TRAIN.NUM_EPOCHS} batch {done}/{self.batches}: "
             f"loss {loss:.4f}, lr {rate:.3e}, {speed:.1f} images/s"
         )
-        self.worker.metrics.write(
+        self.run.metrics.write(
             kind="train",
             epoch=epoch,
             batch=done,
@@ -224,14 +225,15 @@ class Trainer:
             lr=rate,
             images_per_second=round(speed, 2),
         )
+        stop.request.share()
 
     def _validate(self, epoch):
         """Validates the weights, and their average.  Returns whether the best score improved.
 
         With an EMA its score counts, as its weights are the ones to use.
         """
-        scores = self._validate_one(self.worker.model, epoch, "model")
-        if self.ema.average is not self.worker.model:
+        scores = self._validate_one(self.run.model, epoch, "model")
+        if self.ema.average is not self.run.model:
             with self.ema.on_device() as average:
                 scores = self._validate_one(average, epoch, "ema")
         if scores["acc1"] <= self.best["acc1"]:
@@ -240,9 +242,9 @@ class Trainer:
         return True
 
     def _validate_one(self, model, epoch, weights):
-        scores = self.worker.validate(model, f"validate {weights}")
-        self.worker.log.info(f"epoch {epoch} {weights}: {describe_scores(scores)}")
-        self.worker.metrics.write(kind="eval", epoch=epoch, weights=weights, **scores)
+        scores = self.run.validate(model, f"validate {weights}")
+        self.run.log.info(f"epoch {epoch} {weights}: {describe_scores(scores)}")
+        self.run.metrics.write(kind="eval", epoch=epoch, weights=weights, **scores)
         if not np.isfinite(scores["loss"]):
             raise engine.NonFiniteLoss(
                 f"the validation loss is {scores['loss']} after epoch {epoch}: it is not saved"
@@ -257,38 +259,37 @@ class Trainer:
             best: as the best model too.
         """
         self._write(keep, best)
-        stop.meet()
+        stop.barrier()
 
     def _write(self, keep=False, best=False):
         """Rank 0 writes; the others know that it does, and go on."""
         self._check_weights()
-        if self.worker.rank == 0:
-            report_busy(True)  # a slow disk is no hang
-            self._write_files(keep, best)
-            report_busy(False)
-        path = os.path.join(self.worker.folder, "last.pdparams")
+        if self.run.rank == 0:
+            with busy():  # a slow disk is no hang
+                self._write_files(keep, best)
+        path = os.path.join(self.run.folder, "last.pdparams")
         self.saved, self.saved_place = path, self.place
 
     def _check_weights(self):
         """Raises NonFiniteLoss where a weight is not finite, which the loss shows a step later."""
-        finite = [paddle.isfinite(param).all() for param in self.worker.model.parameters()]
+        finite = [paddle.isfinite(param).all() for param in self.run.model.parameters()]
         if not bool(paddle.stack(finite).all()):
             raise engine.NonFiniteLoss("a weight is not a finite number")
 
     def _write_files(self, keep, best):
-        folder = self.worker.folder
+        folder = self.run.folder
         names = ["best"] if best else []
         names += [f"Epoch-{self.place.epoch}"] if keep else []
         # The best model before the checkpoint that knows of its score.
         if best:
             path = os.path.join(folder, "best_weights.pdparams")
             pdparams.write(path, self.ema.average.state_dict())
-        checkpoint.save(folder, self._state(), names, before=self.saved)
+        checkpoint.save(folder, self._state(), names, self.saved)
         names = ", ".join(f"{name}.pdparams" for name in ("last", *names))
-        self.worker.log.info(f"saved {names} ({self._describe_place()})")
+        self.run.log.info(f"saved {names} ({self._describe_place()})")
         if keep and self.config.KEEP_LAST:
             for line in checkpoint.remove_old_epochs(folder, self.config.KEEP_LAST):
-                self.worker.log.info(line)
+                self.run.log.info(line)
 
     def _describe_place(self):
         place = f"epoch {self.place.epoch}"
@@ -302,23 +303,23 @@ class Trainer:
             return f"the end of epoch {epoch + 1}"
         return f"epoch {epoch + 1}" + (f", batch {batch + 1}/{self.batches}" if batch else "")
 
-    def _save_and_leave(self):
-        """The end of a run that was asked to end: all ranks have done the same steps."""
-        if self.saved_place != self.place or os.path.dirname(self.saved) != self.worker.folder:
+    def _save_and_part(self):
+        """The end of a run that was asked to end, where all ranks have done the same steps."""
+        if self.saved_place != self.place or os.path.dirname(self.saved) != self.run.folder:
             self._write()
-        self.worker.log.info(
+        self.run.log.info(
             f"stopped as asked after {self._describe_place()}; to go on: the same command with "
             f"-resume auto, or with -resume {self.saved}"
         )
-        stop.part()
-        sys.exit(128 + (stop.request.number or signal.SIGTERM))
+        stop.leave_together()
+        return 128 + (stop.request.signal_number or signal.SIGTERM)
 
     def _run_facts(self):
         """What has to be the same for a resumed run to be the same bit for bit."""
         return {
             "model_name": self.config.MODEL.NAME,
-            "images": len(self.worker.train_data),
-            "ranks": self.worker.world_size,
+            "images": len(self.run.train_data),
+            "ranks": self.run.world_size,
             "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
             "batch_size": self.config.DATA.BATCH_SIZE,
             "accum_iter": self.accum_iter,
@@ -328,8 +329,8 @@ class Trainer:
     def _state(self):
         """Everything that going on from this place needs; PaddleViT's keys come first."""
         state = {
-            "model": self.worker.model.state_dict(),
-            "optimizer": checkpoint.optimizer_state(self.optimizer, self.worker.model),
+            "model": self.run.model.state_dict(),
+            "optimizer": checkpoint.optimizer_state(self.optimizer, self.run.model),
             "epoch": self.place.epoch,
             "lr_scheduler": {"last_epoch": self.updater.step, "last_lr": self.optimizer.get_lr()},
             "amp_grad_scaler": self.scaler.state_dict(),
@@ -345,16 +346,14 @@ class Trainer:
 
     def _restore(self, state, path):
         """Goes on from a checkpoint; what it lacks (as PaddleViT's do) is said and starts fresh."""
-        log = self.worker.log
+        log = self.run.log
         if "epoch" in state:
             self._move_to_place_of(state, path)
-            if os.path.dirname(path) == self.worker.folder:  # where the best model's files are
-                self.best = state.get("best") or self.best
+            if os.path.dirname(path) == self.run.folder:  # where the best model's files are
+                self.best = {**self.best, **state.get("best", {})}
         else:
             log.warning(f"{path} has no epoch: starting at {self.place.epoch + 1} with its weights")
-        if not checkpoint.restore_optimizer(
-            self.optimizer, self.worker.model, state.get("optimizer")
-        ):
+        if not checkpoint.restore_optimizer(self.optimizer, self.run.model, state.get("optimizer")):
             log.warning(f"{path} has no optimizer state that can be matched: it starts fresh")
         if self.scaler.is_enable() and state.get("amp_grad_scaler"):
             self.scaler.load_state_dict(state["amp_grad_scaler"])
@@ -387,6 +386,6 @@ class Trainer:
         ]
         if changes or not old:
             made = "made with " + ", ".join(changes) if changes else "made by another program"
-            self.worker.log.warning(
+            self.run.log.warning(
                 f"{path} was {made}: going on at the same place in the epoch, not bit for bit"
             )

@@ -14,6 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 from program import SMALL, run_program  # noqa: E402
 
+from process import REPORT_PIPE  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
@@ -45,3 +47,12 @@ def trained(few_digits, tmp_path_factory):
     run_program("-data_path", few_digits, "-output", output, "-nprocs", 2, opts=SMALL).check()
     (folder,) = output.glob("train-*")
     return folder
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; those of a launcher and CUDA_VISIBLE_DEVICES are unset before."""
+    for name in list(os.environ):
+        if name.startswith("PADDLE_") or name in ("CUDA_VISIBLE_DEVICES", REPORT_PIPE):
+            monkeypatch.delenv(name)
+    return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]

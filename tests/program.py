@@ -7,18 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import yaml
+from processes import HANG_SECONDS
 
 import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "gmlp_digits.yaml"
-HANG_SECONDS = 240  # a limit that only stops a hang
 
 # Config keys for a model and a run that take seconds, with every random part on.
 SMALL = {
@@ -65,13 +65,10 @@ class Result:
 
 def run(command, cwd="/", **env):
     """Runs a command without a terminal; variables that are None are unset."""
-    environment = {**os.environ, **env}
-    for name in [name for name, value in environment.items() if value is None]:
-        del environment[name]
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment,
+        env=_environment(env),
         capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
@@ -82,11 +79,23 @@ def run(command, cwd="/", **env):
 
 def run_tool(tool, *args):
     """Runs a module of tools/ in this process, without the seconds that importing Paddle takes."""
+    return _in_this_process(lambda argv: cli.run(tool.build_parser(), tool.work, argv), args)
+
+
+def run_as_rank(*args):
+    """Runs main_multi_gpu.py as the only rank and in this process, with the demo's config."""
+    import main_multi_gpu
+
+    with mock.patch.dict(os.environ, PADDLE_TRAINER_ID="0", CUDA_VISIBLE_DEVICES=""):
+        return _in_this_process(main_multi_gpu.main, ["-cfg", CONFIG, *args])
+
+
+def _in_this_process(main, args):
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = cli.run(tool.build_parser(), tool.work, [str(arg) for arg in args])
+            status = main([str(arg) for arg in args])
     except SystemExit as error:  # argparse's
         status = error.code
     finally:
@@ -108,10 +117,27 @@ def flatten(opts):
 
 def run_program(*args, opts=None, cfg=CONFIG, launcher=(), **env):
     """Runs main_multi_gpu.py with the demo's config, on the CPU unless env says otherwise."""
-    command = [sys.executable, *launcher, ROOT / "main_multi_gpu.py", "-cfg", cfg, *args]
-    if opts:
-        command += ["-opts", *flatten(opts)]
-    return run(command, **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": None, **env})
+    return run(_program(args, opts, cfg, launcher), **{**_ON_CPU, **env})
+
+
+def start_program(data, output, *args, opts=None, **popen):
+    """A running training of the small model, of 300 epochs unless opts say otherwise."""
+    opts = {**SMALL, "TRAIN.NUM_EPOCHS": 300, "REPORT_FREQ": 1, **(opts or {})}
+    command = _program(["-data_path", data, "-output", output, *args], opts)
+    return subprocess.Popen(command, env=_environment(_ON_CPU), **popen)
+
+
+_ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": None}
+
+
+def _program(args, opts, cfg=CONFIG, launcher=()):
+    words = [sys.executable, *launcher, ROOT / "main_multi_gpu.py", "-cfg", cfg, *args]
+    return [str(word) for word in words + (["-opts", *flatten(opts)] if opts else [])]
+
+
+def _environment(changes):
+    """This process's variables with others; those that are None are unset."""
+    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
 
 
 def metrics(folder, kind):
@@ -125,58 +151,3 @@ def same(first, second):
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
     return np.array_equal(np.asarray(first), np.asarray(second))
-
-
-def start_program(data, output, *args, opts=None, **popen):
-    """A running training of the small model, of 300 epochs unless opts say otherwise."""
-    words = flatten({**SMALL, "TRAIN.NUM_EPOCHS": 300, "REPORT_FREQ": 1, **(opts or {})})
-    command = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG,
-               "-data_path", data, "-output", output, *args, "-opts", *words]  # fmt: skip
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    env.pop("OMP_NUM_THREADS", None)
-    return subprocess.Popen([str(word) for word in command], env=env, **popen)
-
-
-def batches_in_shared_memory():
-    """Loader batches whose maker has ended; those of other programs that run are none of ours."""
-    names = {name for name in os.listdir("/dev/shm") if name.startswith("paddle_")}
-    running = {str(pid) for pid in process_ids()}
-    return {name for name in names if name.split("_")[1] not in running}
-
-
-def process_ids():
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def is_stopped(pid):
-    return _stat_of(pid, 0) == "T"
-
-
-def parent_of(pid):
-    return int(_stat_of(pid, 1))
-
-
-def session_of(pid):
-    return int(_stat_of(pid, 3))
-
-
-def _stat_of(pid, field):
-    """A field of /proc/<pid>/stat, counted from the state behind the name; "-1" for no process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[field]
-    except OSError:
-        return "-1"
-
-
-def session_exists(session):
-    """Whether any process is left in a session, in whatever group."""
-    return any(session_of(pid) == session for pid in process_ids())
-
-
-def wait_for(condition, process=None):
-    """Waits until condition() holds; fails when the process ends first."""
-    limit = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert process is None or process.poll() is None, "the program ended early"
-        assert time.monotonic() < limit, "the program hangs"
-        time.sleep(0.1)

@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from program import HANG_SECONDS, ROOT, parent_of, process_ids, run, run_tool
+from processes import HANG_SECONDS, parent_of, process_ids
+from program import ROOT, run, run_tool
 
 import check_dataset
 from datasets import DataError, ImageDataset, ImageList

@@ -11,6 +11,7 @@ from golden import config_of
 
 import checkpoint
 import pdparams
+from files import remove_temporary_files, temporary_path
 from gmlp import build_gmlp
 
 
@@ -98,7 +99,8 @@ def test_weights_that_are_no_floats_are_refused(dtype):
         {"batch": -1}, {"loss": float("nan")}, {"batch": 3},
         {"batch": 3, "run": {"images": 20, "batch_size": 5, "ranks": 2}},
         {"loss": "1"}, {"run": {"ranks": -1}}, {"run": {"ranks": [1]}},
-        {"best": {"acc1": float("nan"), "epoch": 1}}, {"best": {"acc1": 3.0}},
+        {"run": {"batch_size": "ab"}},
+        {"best": {"acc1": float("nan"), "epoch": 1}}, {"best": {"acc1": "x"}},
         {"best": {"acc1": "x", "epoch": 1}}, {"best": [1]},
         {"run": {"model_name": "a\x1b[31m"}}, {"model_ema": np.zeros(2, "float32")},
         {"amp_grad_scaler": 3}, {"model_ema": [1]}, {"model_ema": {"a": 3}},
@@ -117,7 +119,7 @@ def test_a_checkpoint_whose_numbers_cannot_be_is_refused(wrong, tmp_path):
 
 def test_a_stale_temporary_link_does_not_reach_an_old_checkpoint(tmp_path):
     checkpoint.save(tmp_path, {"epoch": 1}, ["Epoch-1"])
-    os.link(tmp_path / "Epoch-1.pdparams", pdparams.temporary_path(tmp_path / "best.pdparams"))
+    os.link(tmp_path / "Epoch-1.pdparams", temporary_path(tmp_path / "best.pdparams"))
     checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2", "best"])
     assert pdparams.read(tmp_path / "Epoch-1.pdparams", require_checksum=True)["epoch"] == 1
     assert pdparams.read(tmp_path / "best.pdparams", require_checksum=True)["epoch"] == 2
@@ -213,8 +215,8 @@ def test_a_checkpoint_has_all_its_names_and_the_one_before_has_one(tmp_path):
     checkpoint.save(tmp_path, {"epoch": 1}, ["Epoch-1", "best"])
     assert epochs_in(tmp_path) == {"last": 1, "best": 1, "Epoch-1": 1}
     last = str(tmp_path / "last.pdparams")
-    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"], before=last)
-    checkpoint.save(tmp_path, {"epoch": 3}, before=last)
+    checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"], last_good=last)
+    checkpoint.save(tmp_path, {"epoch": 3}, last_good=last)
     assert epochs_in(tmp_path) == {"last": 3, "previous": 2, "best": 1, "Epoch-1": 1, "Epoch-2": 2}
 
 
@@ -227,7 +229,7 @@ def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "link", refuse)
     checkpoint.save(folder, {"epoch": 1}, ["best"])
-    checkpoint.save(folder, {"epoch": 2}, ["Epoch-2"], before=str(folder / "last.pdparams"))
+    checkpoint.save(folder, {"epoch": 2}, ["Epoch-2"], last_good=str(folder / "last.pdparams"))
     assert epochs_in(folder) == {"last": 2, "previous": 1, "best": 1, "Epoch-2": 2}
     names = [Path(path).stem for path in checkpoint.candidates(str(tmp_path))]
     assert set(names[:2]) == {"last", "Epoch-2"} and set(names[2:]) == {"previous", "best"}
@@ -238,13 +240,13 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_replace_the_one_befo
         str(tmp_path / f"{n}.pdparams") for n in ("last", "previous", "Epoch-2")
     )
     checkpoint.save(tmp_path, {"epoch": 2}, ["Epoch-2"])
-    checkpoint.save(tmp_path, {"epoch": 3}, before=last)
+    checkpoint.save(tmp_path, {"epoch": 3}, last_good=last)
     with open(last, "r+b") as file:
         file.truncate(100)
-    checkpoint.save(tmp_path, {"epoch": 4}, before=previous)
+    checkpoint.save(tmp_path, {"epoch": 4}, last_good=previous)
     assert epochs_in(tmp_path) == {"last": 4, "previous": 2, "Epoch-2": 2}
-    checkpoint.save(tmp_path, {"epoch": 5}, before=last)
-    checkpoint.save(tmp_path, {"epoch": 6}, before=epoch)
+    checkpoint.save(tmp_path, {"epoch": 5}, last_good=last)
+    checkpoint.save(tmp_path, {"epoch": 6}, last_good=epoch)
     assert epochs_in(tmp_path) == {"last": 6, "previous": 2, "Epoch-2": 2}
 
 
@@ -257,7 +259,7 @@ class Killed(BaseException):
 def test_a_kill_at_any_file_operation_leaves_two_checkpoints(call, tmp_path):
     last = str(tmp_path / "last.pdparams")
     checkpoint.save(tmp_path, {"epoch": 1})
-    checkpoint.save(tmp_path, {"epoch": 2}, before=last)
+    checkpoint.save(tmp_path, {"epoch": 2}, last_good=last)
     calls = iter(range(1000))
 
     def dying(function):
@@ -271,8 +273,8 @@ def test_a_kill_at_any_file_operation_leaves_two_checkpoints(call, tmp_path):
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         for name in ("fsync", "link", "remove", "replace"):
             patch.setattr(os, name, dying(getattr(os, name)))
-        checkpoint.save(tmp_path, {"epoch": 3}, ["Epoch-3", "best"], before=last)
-    checkpoint.remove_temporary_files(tmp_path)
+        checkpoint.save(tmp_path, {"epoch": 3}, ["Epoch-3", "best"], last_good=last)
+    remove_temporary_files(tmp_path)
     epochs = epochs_in(tmp_path)
     assert {1, 2} <= {*epochs.values()} or {2, 3} <= {*epochs.values()}
     assert epochs["last"] == 2 or epochs["previous"] == 2
@@ -296,10 +298,10 @@ def test_old_epochs_go_once_a_newer_one_is_read_back_whole(tmp_path, damaged, le
 
 def test_temporary_files_of_any_process_are_removed_and_nothing_else(tmp_path):
     checkpoint.save(tmp_path, {"epoch": 1})
-    temporary = pdparams.temporary_path(tmp_path / "last.pdparams", 12345)
+    temporary = temporary_path(tmp_path / "last.pdparams", 12345)
     with open(temporary, "wb"):
         pass
-    checkpoint.remove_temporary_files(tmp_path)
+    remove_temporary_files(tmp_path)
     assert epochs_in(tmp_path) == {"last": 1}
 
 

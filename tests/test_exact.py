@@ -12,11 +12,11 @@ import pdparams
 EVALUATIONS = """
 import itertools, json, sys
 from types import SimpleNamespace
-import launch
-launch.set_threads(launch.local_ranks())
+import process
+process.set_threads(process.local_ranks())
 from config import get_config, update_config
 from datasets import build_dataset
-from worker import Worker
+from run import Run
 
 cfg, weights, output, combinations, *opts = sys.argv[1:]
 flags = SimpleNamespace(
@@ -24,15 +24,15 @@ flags = SimpleNamespace(
     data_path=json.loads(combinations)[0][0],
 )
 config = update_config(get_config(), flags)
-worker = Worker(config)
+run = Run(config)
 results = []
 for folder, batch, workers in json.loads(combinations):
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE_EVAL, config.DATA.NUM_WORKERS = (
         folder, batch, workers
     )
-    worker.val_data = build_dataset(config, train=False)
-    results.append(worker.validate(worker.model, ""))
-if worker.rank == 0:
+    run.val_data = build_dataset(config, train=False)
+    results.append(run.validate(run.model, ""))
+if run.rank == 0:
     json.dump(results, open(output + "/results.json", "w"))
 """
 

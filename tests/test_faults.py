@@ -17,28 +17,21 @@ import time
 
 import numpy as np
 import pytest
-from program import (
-    CONFIG,
+from processes import (
     HANG_SECONDS,
-    ROOT,
-    SMALL,
     batches_in_shared_memory,
-    flatten,
     is_stopped,
-    metrics,
     parent_of,
     process_ids,
-    run,
-    run_program,
-    same,
     session_exists,
     session_of,
-    start_program,
     wait_for,
 )
+from program import CONFIG, ROOT, SMALL, flatten, metrics, run, run_program, same, start_program
 
-import launch
+import checkpoint
 import pdparams
+from process import remove_batches
 
 LONG = {**SMALL, "TRAIN.NUM_EPOCHS": 8}  # 32 optimizer steps of two ranks
 EVERY_STEP = {**LONG, "SAVE_FREQ_STEPS": 1}
@@ -118,7 +111,7 @@ def kill_all(process):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not session_exists(process.pid))
-    launch.remove_batches(pids)  # with the launcher gone too, nobody else does this
+    remove_batches(pids)  # with the launcher gone too, nobody else does this
 
 
 def temporary_files(output):
@@ -342,12 +335,12 @@ def test_a_second_run_does_not_go_on_in_the_folder_of_one_that_runs(few_digits, 
 # A run that ends saves once more between another one's search for checkpoints and its lock.
 SAVED_MEANWHILE = """
 import shutil, sys
-import utils
-own_lock, newer = utils.lock, sys.argv.pop()
+import files
+own_lock, newer = files.lock, sys.argv.pop()
 def lock(path):
     shutil.copy2(newer, path.replace("log.txt", "last.pdparams"))
     return own_lock(path)
-utils.lock = lock
+files.lock = lock
 import main_multi_gpu
 sys.exit(main_multi_gpu.main(sys.argv[1:]))
 """
@@ -504,7 +497,7 @@ def test_a_folder_that_is_removed_ends_the_run_with_its_name(few_digits, tmp_pat
     shutil.move(folder, tmp_path / "moved away")
     out, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, out
-    assert re.search(rf"{folder}/\S+(: | cannot be written: )No such file or directory", out), out
+    assert re.search(rf"{folder}/\S+(: |: cannot be written: )No such file or directory", out), out
     assert "Traceback" not in out
     assert pdparams.read(tmp_path / "moved away" / "last.pdparams", require_checksum=True)
 
@@ -542,17 +535,17 @@ def test_damaged_checkpoints_are_passed_over_or_refused(straight, few_digits, tm
     process.terminate()
     process.communicate(timeout=HANG_SECONDS)
     folder = folder_of(tmp_path)
-    damages = {"last": truncate, "previous": flip_a_bit, "best": empty}
+    damages = {"best": empty, "previous": flip_a_bit, "last": truncate}
     for name, damage in damages.items():
         path = folder / f"{name}.pdparams"
         shutil.copy(path, tmp_path / "copy")  # other names of the file stay as they are
         os.replace(tmp_path / "copy", path)
         damage(path)
-        refused = run_program(
-            "-data_path", few_digits, "-output", tmp_path, "-resume", path, opts=LONG
-        )
-        refused.refused(2, str(path))
-        assert list(tmp_path.iterdir()) == [folder]  # not even a folder was made
+        with pytest.raises(checkpoint.WeightsError, match=str(path)):
+            checkpoint.read(path)
+    refused = run_program("-data_path", few_digits, "-output", tmp_path, "-resume", path, opts=LONG)
+    refused.refused(2, str(path))
+    assert list(tmp_path.iterdir()) == [folder]  # not even a folder was made
     out, _ = start(few_digits, tmp_path, LONG).communicate(timeout=HANG_SECONDS)
     for name in damages:
         assert f"passed over {folder / name}.pdparams" in out

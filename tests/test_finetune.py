@@ -16,7 +16,7 @@ import optim
 import pdparams
 from config import get_config
 from make_digits import read_digits
-from worker import Worker, build_model
+from run import Run, build_model
 
 TOOL = ROOT / "tools" / "finetune_demo.py"
 # A run with all that is random, and no steps at a learning rate of 0.
@@ -85,7 +85,7 @@ def test_freezing_without_pretrained_weights_is_warned_of():
     for frozen, start, count in ((True, None, 1), (False, None, 0), (True, {"epoch": 1}, 0)):
         config.TRAIN.FREEZE_BACKBONE = frozen
         parts = SimpleNamespace(config=config, start=start, warnings=[])
-        Worker._load_pretrained(parts)
+        Run._load_pretrained(parts)
         assert len(parts.warnings) == count
         assert all("FREEZE_BACKBONE without -pretrained" in line for line in parts.warnings)
 

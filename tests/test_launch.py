@@ -1,6 +1,5 @@
 """Launching: how many ranks, with which environment, and that none outlives its launcher."""
 
-import io
 import json
 import os
 import signal
@@ -10,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import HANG_SECONDS, is_running, wait_for
 from program import ROOT
 
 import launch
-
-HANG_SECONDS = 60  # a limit that only stops a hang
+import process
 
 # Ranks say that they run by a file named by their number that holds their process's.
 STARTED = """
@@ -25,15 +24,6 @@ with open(f"{sys.argv[1]}/{rank}.tmp", "w") as file:
 os.rename(f"{sys.argv[1]}/{rank}.tmp", f"{sys.argv[1]}/{rank}")
 """
 WAIT = STARTED + "while True: signal.pause()\n"
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """Sets variables; those of a launcher and CUDA_VISIBLE_DEVICES are unset before."""
-    for name in list(os.environ):
-        if name.startswith("PADDLE_") or name in ("CUDA_VISIBLE_DEVICES", launch._REPORT_PIPE):
-            monkeypatch.delenv(name)
-    return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
 
 def start_launcher(folder, ranks, rank_code, gpus=0, **seconds):
@@ -61,113 +51,13 @@ def run_launcher(folder, ranks, rank_code, **options):
     return status, (folder / "stderr").read_text()
 
 
-def wait_until(condition):
-    end = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def started(folder, ranks):
     """The process numbers of the ranks, when all have started."""
-    wait_until(lambda: all((folder / str(rank)).exists() for rank in range(ranks)))
+    wait_for(lambda: all((folder / str(rank)).exists() for rank in range(ranks)))
     return [int((folder / str(rank)).read_text()) for rank in range(ranks)]
 
 
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 # --- what to start ---
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8)],
-)
-def test_cores_are_those_of_the_affinity_within_the_cgroups_quota(monkeypatch, quota, cores):
-    assert 1 <= launch.available_cores() <= os.cpu_count()
-
-    def fake_open(path):
-        if path != "/sys/fs/cgroup/cpu.max":
-            raise FileNotFoundError(path)
-        return io.StringIO(quota)
-
-    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(launch, "open", fake_open, raising=False)
-    assert launch.available_cores() == cores
-
-
-def test_an_old_cgroups_quota_counts_too(monkeypatch):
-    files = {
-        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",
-        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-    }
-
-    def fake_open(path):
-        if path not in files:
-            raise FileNotFoundError(path)
-        return io.StringIO(files[path])
-
-    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(launch, "open", fake_open, raising=False)
-    assert launch.available_cores() == 3
-    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1\n"
-    assert launch.available_cores() == 8
-
-
-@pytest.mark.parametrize(
-    ("already", "ranks", "threads"), [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3")]
-)
-def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, already, ranks, threads):
-    monkeypatch.setattr(launch, "available_cores", lambda: 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", already or "")
-    if already is None:
-        monkeypatch.delenv("OMP_NUM_THREADS")
-    launch.set_threads(ranks)
-    assert os.environ["OMP_NUM_THREADS"] == threads
-
-
-@pytest.mark.parametrize(
-    ("variables", "is_rank", "local_ranks"),
-    [
-        ({}, False, 1),
-        ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "1"}, True, 1),
-        ({"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4"}, True, 4),
-        (
-            {"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4", "PADDLE_LOCAL_SIZE": "2"},
-            True,
-            2,
-        ),
-    ],
-)
-def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_rank, local_ranks):
-    environment(**variables)
-    assert (launch.is_rank(), launch.local_ranks()) == (is_rank, local_ranks)
-
-
-@pytest.mark.parametrize(
-    ("cores", "ranks", "on_gpu", "workers"),
-    [
-        (8, 2, False, 3),
-        (2, 2, False, 0),
-        (1, 2, False, 0),
-        (8, 2, True, 4),
-        (1, 2, True, 1),
-        (256, 4, True, 16),
-        (1, 1, True, 1),
-    ],
-)
-def test_loader_workers_are_shared_out_from_the_cores(
-    monkeypatch, environment, cores, ranks, on_gpu, workers
-):
-    monkeypatch.setattr(launch, "available_cores", lambda: cores)
-    environment(PADDLE_LOCAL_SIZE=str(ranks))
-    assert launch.default_workers(on_gpu) == workers
 
 
 @pytest.mark.parametrize(
@@ -307,15 +197,15 @@ def test_a_process_that_a_failed_rank_leaves_behind_is_ended(tmp_path):
 def test_a_killed_rank_is_named_with_its_log_and_what_it_left_is_removed(tmp_path, ranks):
     # Its loader worker, a child that dies with it, has a batch in shared memory.
     code = f"""
-import launch, os, signal, sys, time
+import process, os, signal, sys, time
 {STARTED}
 folder = sys.argv[1]
-if rank == "0": launch.report_folder(folder)
+if rank == "0": process.report_folder(folder)
 while not all(os.path.exists(f"{{folder}}/{{other}}") for other in range({ranks})): pass
 if rank == str({ranks - 1}):
     rank_pid, child = os.getpid(), os.fork()
     if child == 0:
-        launch.die_with_parent(rank_pid, signal.SIGKILL)
+        process.die_with_parent(rank_pid, signal.SIGKILL)
         while True: signal.pause()
     for pid in (os.getpid(), child): open(f"/dev/shm/paddle_{{pid}}_0_1", "w")
     open(f"/dev/shm/paddle_{{os.getpid()}}0_0_1", "w")  # another process's
@@ -343,7 +233,7 @@ while True: signal.pause()
 
 def test_what_a_rank_says_because_another_was_killed_is_not_the_error(tmp_path):
     code = f"""
-import launch, os, signal, sys
+import process, os, signal, sys
 {STARTED}
 if rank == "1":
     while not os.path.exists(f"{{sys.argv[1]}}/0"): pass
@@ -355,7 +245,7 @@ def runs(pid):
     except OSError:
         return False
 while runs(open(f"{{sys.argv[1]}}/1").read()): pass
-launch.report_error("connection lost")
+process.report_error("connection lost")
 sys.exit(1)
 """
     status, err = run_launcher(tmp_path, 2, code)
@@ -363,7 +253,7 @@ sys.exit(1)
 
 
 def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
-    code = "import launch, sys; launch.report_error('the list is empty: é'); sys.exit(2)"
+    code = "import process, sys; process.report_error('the list is empty: é'); sys.exit(2)"
     status, err = run_launcher(tmp_path, 3, code)
     assert status == 2
     assert err.count("the list is empty: é") == 1
@@ -371,7 +261,7 @@ def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
 
 
 def test_without_a_launcher_an_error_is_printed_at_once(environment, capsys):
-    launch.report_error("wrong")
+    process.report_error("wrong")
     assert capsys.readouterr().err == "wrong\n"
 
 
@@ -394,7 +284,7 @@ signal.signal(signal.SIGTERM, take_time)
     launcher = start_launcher(tmp_path, 1, code)
     ranks = started(tmp_path, 1)
     launcher.send_signal(signal.SIGINT)
-    wait_until((tmp_path / "asked").exists)
+    wait_for((tmp_path / "asked").exists)
     assert is_running(ranks[0])
     launcher.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -417,11 +307,11 @@ def test_a_rank_that_was_asked_to_end_and_hangs_is_killed(tmp_path):
     assert not any(map(is_running, ranks))
 
 
-@pytest.mark.parametrize("sign", ["launch.report_alive()", "launch.report_busy(True)"])
+@pytest.mark.parametrize("sign", ["process.report_alive()", "busy.__enter__()"])
 def test_ranks_that_get_on_have_the_time_they_need(tmp_path, sign):
     code = f"""
-import launch, signal, sys, time
-asked = []
+import process, signal, sys, time
+asked, busy = [], process.busy()
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 {STARTED}
 while not asked: time.sleep(0.01)
@@ -441,14 +331,14 @@ sys.exit(143)
 @pytest.mark.parametrize(
     "end, status, said",
     [
-        ("launch.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
+        ("process.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rank 0 of 1 failed (SIGKILL)"),
         ("sys.exit(0)", 0, ""),  # it was done already
         ("sys.exit(143)", 143, ""),
     ],
 )
 def test_143_says_that_the_run_ended_as_asked(tmp_path, end, status, said):
-    code = f"import launch, os, signal, sys\ndef act(*_): {end}\n"
+    code = f"import process, os, signal, sys\ndef act(*_): {end}\n"
     launcher = start_launcher(tmp_path, 1, code + "signal.signal(signal.SIGTERM, act)\n" + WAIT)
     started(tmp_path, 1)
     launcher.terminate()
@@ -478,4 +368,4 @@ def test_killing_the_launcher_leaves_no_rank(tmp_path):
     ranks = started(tmp_path, 2)
     launcher.kill()
     launcher.wait(HANG_SECONDS)
-    wait_until(lambda: not any(map(is_running, ranks)))
+    wait_for(lambda: not any(map(is_running, ranks)))

@@ -12,6 +12,7 @@ from program import ROOT, SMALL, run, run_program, run_tool
 import check_dataset
 import make_lists
 from datasets import ImageList
+from files import show_path
 
 TOOL = ROOT / "tools" / "make_lists.py"
 
@@ -200,7 +201,7 @@ def test_a_name_that_no_line_can_hold_is_refused(tmp_path, folder, name, reason)
     images(tmp_path / folder, "0.png", name)
     made(tmp_path).refused(2, f"{reason}, which a list cannot hold: rename it")
     bad = tmp_path / folder / name if folder == "cat" else tmp_path / folder
-    assert make_lists.show(str(bad)) + ": " in made(tmp_path).err
+    assert show_path(str(bad)) + ": " in made(tmp_path).err
     assert files(tmp_path) == []
 
 
@@ -235,8 +236,9 @@ def test_all_three_lists_appear_or_none(flat, monkeypatch, call, number):
         return real(*args)
 
     monkeypatch.setattr(os, call, fail)
-    name = ["classes.txt", "", "train_list.txt"][number - 1]
-    made(flat).refused(1, f"{flat}/{name}: No space left on device")
+    names = ["classes.txt", "val_list.txt", "train_list.txt"]  # in the order of their appearance
+    name = names[number - 1] if call == "replace" else names[-number]
+    made(flat).refused(1, f"{flat}/{name}: cannot be written: No space left on device")
     assert len(calls) == number
     assert files(flat) == []
 

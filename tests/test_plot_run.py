@@ -169,7 +169,7 @@ def test_files_without_a_training_are_refused(tmp_path, capsys):
     output = ["-output", tmp_path / "a.svg"]
     empty = write(tmp_path / "a" / "metrics.jsonl", [])
     assert f"{empty}: there are no rows of a training" in refused(capsys, empty, *output)
-    # As worker.py writes it for -eval.
+    # As run.py writes it for -eval.
     only = {**ROWS[3], "weights": "/some/file.pdparams", "seconds": 1.0}
     del only["epoch"]
     evaluation = write(tmp_path / "b" / "metrics.jsonl", [only])
@@ -201,7 +201,9 @@ def test_a_disk_that_fills_up_is_status_1_and_leaves_the_old_picture(
 
     monkeypatch.setattr(plot_run.import_pyplot().Figure, "savefig", full)
     assert called(metrics, "-output", output) == 1
-    assert capsys.readouterr().err.endswith(f": {output}: No space left on device\n")
+    assert capsys.readouterr().err.endswith(
+        f": {output}: cannot be written: No space left on device\n"
+    )
     assert output.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 

@@ -23,8 +23,8 @@ import predict
 from checkpoint import assign_weights, load_weights
 from config import get_config
 from datasets import EvalSampler, build_dataset, build_loader
+from run import build_model
 from transforms import build_batch_transform
-from worker import build_model
 
 TOOL = ROOT / "tools" / "predict.py"
 PHOTOS = ROOT / "tests" / "data" / "images"
@@ -290,7 +290,7 @@ def test_a_picture_that_cannot_be_written(predicted, folder, tmp_path, monkeypat
 
     monkeypatch.setattr(predict.os, "replace", fail)
     result = predicted("-plot", tmp_path / "a.png", folder / "1")
-    result.refused(1, f"{tmp_path / 'a.png'}: No space left on device")
+    result.refused(1, f"{tmp_path / 'a.png'}: cannot be written: No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["my digits"]
 
 

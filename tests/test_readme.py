@@ -71,11 +71,14 @@ def test_every_flag_and_key_in_the_readme_exists():
     assert keys and keys <= set(config.known_keys()), keys - set(config.known_keys())
 
 
-def test_every_file_in_the_readme_exists():
+def test_every_file_and_section_that_the_readme_links_to_exists():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    links += re.findall(r'src="(?!http)([^"]+)"', README)
     assert links
+    headings = re.findall(r"^#+ (.+)$", README, re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     for link in links:
-        assert (ROOT / link).exists(), link
+        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).exists(), link
 
 
 def test_nothing_is_left_to_fill_in():

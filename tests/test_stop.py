@@ -1,4 +1,4 @@
-"""Ending when asked: the ranks agree on a step and pass a meeting all or none."""
+"""Ending when asked: the ranks agree on a step and pass a barrier all or none."""
 
 import sys
 
@@ -25,19 +25,19 @@ TRAIN = """
         signal_me(step)
         utils.all_reduce_sum(paddle.ones([1]))
         if step % 10 == 0: stop.request.share()
-        if stop.request.is_due(step):
+        if stop.request.is_due_after(step):
             say(step)
-            stop.part()
+            stop.leave_together()
             break
     else: say("never")
 """
 MEET = """
     try:
         signal_me(0)
-        stop.meet()
+        stop.barrier()
         if rank == 0: time.sleep(1)
         signal_me(1)
-        stop.meet()
+        stop.barrier()
         say("passed")
     except stop.Stopped:
         say("stopped")
@@ -76,21 +76,21 @@ def test_one_rank_alone_stops_at_once(tmp_path):
 @pytest.mark.parametrize(
     "signal_at, said", [({}, "passed"), ({1: 0}, "stopped"), ({0: 1}, "stopped")]
 )
-def test_all_ranks_pass_a_meeting_or_none(signal_at, said, tmp_path):
+def test_all_ranks_pass_a_barrier_or_none(signal_at, said, tmp_path):
     status, all_said, err = run_ranks(tmp_path, MEET, signal_at, ranks=2)
     assert (status, all_said) == (0, [said] * 2), err
 
 
-def test_a_meeting_to_which_a_rank_never_comes_ends_the_others(tmp_path):
+def test_a_barrier_to_which_a_rank_never_comes_ends_the_others(tmp_path):
     code = """
     say(rank)
     if rank == 0:
         while not os.path.exists(f"{sys.argv[1]}/1"): pass
-        stop.meet()
+        stop.barrier()
     while True: time.sleep(1)
 """
     status, said, err = run_ranks(
-        tmp_path, code, {}, ranks=2, before="import stop; stop._MEETING_SECONDS = 2\n"
+        tmp_path, code, {}, ranks=2, before="import stop; stop._BARRIER_SECONDS = 2\n"
     )
     assert status == 1 and said == ["0", "1"]
     assert "_wait_for_all" in err

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from program import CONFIG, HANG_SECONDS, ROOT, SMALL, flatten, metrics, run, run_program
+from processes import HANG_SECONDS
+from program import CONFIG, ROOT, SMALL, flatten, metrics, run, run_program
 
 import pdparams
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 from program import SMALL, run_program
 
-import utils
-from utils import MetricsFile, VisualDL, read_metrics
+import metrics
+from metrics import MetricsFile, VisualDL, read_metrics
 
 # A training resumes and all of its parts write; the model itself does not matter here.
 OPTS = {**SMALL, "VISUALDL": True, "TRAIN.RAND_AUGMENT": False, "DATA.NUM_WORKERS": 0}
@@ -85,7 +85,7 @@ def test_a_broken_package_is_as_a_missing_one(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "visualdl", raising=False)
     with pytest.raises(ImportError, match=r"^TypeError: Descriptors cannot be$"):
-        utils.import_visualdl()
+        metrics.import_visualdl()
 
 
 ROW = {"kind": "train", "time": 2.5, "epoch": 1, "batch": 1, "step": 1, "loss": 1.0, "lr": 0.5,

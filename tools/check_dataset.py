@@ -20,7 +20,7 @@ import sys
 from multiprocessing import connection
 
 import cli
-import launch
+import process
 from config import ConfigError, get_config, update_config
 
 # Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.
@@ -52,7 +52,7 @@ def work(args):
             f"{args.data_path} has no {' or '.join(args.lists)} (README, data preparation)"
         )
     workers = config.DATA.NUM_WORKERS
-    workers = launch.available_cores() if workers < 0 else max(1, workers)
+    workers = process.available_cores() if workers < 0 else max(1, workers)
     return check(args.data_path, args.lists, config.MODEL.NUM_CLASSES, workers)
 
 
@@ -174,7 +174,7 @@ def _work(dataset, pipe, parent):
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    launch.die_with_parent(parent, signal.SIGKILL)
+    process.die_with_parent(parent, signal.SIGKILL)
     while True:
         start, end = pipe.recv()
         problems = []
@@ -201,7 +201,7 @@ def repeated(lists):
     """Sentences about the images that an earlier line, or an earlier list, has already."""
     import numpy as np
 
-    from datasets import show_path
+    from files import show_path
 
     starts = np.cumsum([0, *map(len, lists)])
 

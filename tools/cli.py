@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 try:
-    import launch
+    import process
     from config import ConfigError
     from pdparams import WeightsError
 except ModuleNotFoundError as error:
@@ -51,7 +51,7 @@ def run(parser, work, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Failed, OSError, *_user_errors()) as error:
-        print(f"{parser.prog}: {launch.describe_error(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {process.describe_error(error)}", file=sys.stderr)
         asked_wrongly = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
         return 2 if isinstance(error, (*asked_wrongly, *_user_errors())) else 1
 
@@ -70,6 +70,6 @@ def leave(number, frame):
 
 def import_paddle():
     """Paddle, on all cores and without its notes; SIGTERM then ends a tool as Ctrl-C does."""
-    paddle = launch.import_paddle()
+    paddle = process.import_paddle()
     signal.signal(signal.SIGTERM, leave)
     return paddle

@@ -26,7 +26,7 @@ import sys
 
 import cli
 from config import ConfigError
-from pdparams import temporary_path
+from files import new_file, show_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp",
                   ".gif")  # fmt: skip
@@ -99,18 +99,13 @@ class Skipped:
     def __call__(self, what, path):
         self.counts[what] += 1
         if what in BROKEN:
-            warn(f"{show(path)}: {BROKEN[what]}: left out")
+            warn(f"{show_path(path)}: {BROKEN[what]}: left out")
 
 
 def warn(sentence):
     from tqdm import tqdm
 
     tqdm.write(f"make_lists.py: warning: {sentence}", file=sys.stderr)
-
-
-def show(path):
-    """A path for a message: quoted where it holds control characters or is not UTF-8."""
-    return path if path.isprintable() else repr(path)
 
 
 def find_images(folder, skip):
@@ -203,18 +198,19 @@ def read_classes(root, fraction, seed, skip):
         raise ConfigError(f"{val}: validation has a folder of its own: leave -val_fraction out")
     for entry in _sorted_entries(root):
         if entry.name not in ("train", "val") and _is_folder(entry):
-            warn(f"{show(entry.path)}: left out, as it is neither train nor val")
+            warn(f"{show_path(entry.path)}: left out, as it is neither train nor val")
     images = {"train": _read_folders(train, skip), "val": _read_folders(val, skip)}
     names = sorted(images["train"])
     unknown = sorted(set(images["val"]) - set(names))
     if unknown:
         more = f" (and {len(unknown) - 1:,} more)" if unknown[1:] else ""
         raise ConfigError(
-            f"{show(os.path.join(val, unknown[0]))}{more}: {show(train)} has no such class"
+            f"{show_path(os.path.join(val, unknown[0]))}{more}: "
+            f"{show_path(train)} has no such class"
         )
     for name in names:
         if name not in images["val"]:
-            warn(f"{show(os.path.join(train, name))}: this class has no images in val")
+            warn(f"{show_path(os.path.join(train, name))}: this class has no images in val")
     return names, {
         split: [_relative(images[split].get(name, []), root) for name in names] for split in images
     }
@@ -243,8 +239,8 @@ def _read_folders(folder, skip):
     if empty:
         more = f" (and {len(empty) - 1:,} more)" if empty[1:] else ""
         raise ConfigError(
-            f"{show(os.path.join(folder, empty[0]))}{more}: no image in this class's folder: add "
-            f"some ({', '.join(IMAGE_SUFFIXES)}), or move it away"
+            f"{show_path(os.path.join(folder, empty[0]))}{more}: no image in this class's folder: "
+            f"add some ({', '.join(IMAGE_SUFFIXES)}), or move it away"
         )
     return classes
 
@@ -266,7 +262,9 @@ def _split(classes, root, fraction, seed):
         paths = _relative(classes[name], root)
         count = min(max(1, round(fraction * len(paths))), len(paths) - 1)
         if not count:
-            warn(f"{show(classes[name][0])}: the only image of its class: validation gets none")
+            warn(
+                f"{show_path(classes[name][0])}: the only image of its class: validation gets none"
+            )
         chosen = set(sorted(paths, key=draw)[:count])
         train.append([path for path in paths if path not in chosen])
         val.append([path for path in paths if path in chosen])
@@ -283,7 +281,7 @@ def require_lines(root, names, splits):
     images = (path for classes in splits.values() for paths in classes for path in paths)
     wrong = [(name, why) for name in (*names, *images) if (why := _why_no_line(name))]
     if wrong:
-        path, why = show(os.path.join(root, wrong[0][0])), wrong[0][1]
+        path, why = show_path(os.path.join(root, wrong[0][0])), wrong[0][1]
         more = f" ({len(wrong) - 1:,} more are like that)" if wrong[1:] else ""
         raise ConfigError(f"{path}: {why}, which a list cannot hold: rename it{more}")
 
@@ -323,27 +321,21 @@ def write_files(folder, texts):
     Raises:
         OSError: with the path; what was new is removed again.
     """
-    temporary = {name: temporary_path(os.path.join(folder, name)) for name in texts}
-    new = []
+    paths = {os.path.join(folder, name): text for name, text in texts.items()}
+    new = [path for path in paths if not os.path.lexists(path)]
     try:
-        for name, text in texts.items():
-            path = os.path.join(folder, name)
-            with open(temporary[name], "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in texts:
-            path = os.path.join(folder, name)
-            if not os.path.lexists(path):
-                new.append(path)
-            os.replace(temporary[name], path)
-        new.clear()
-    except OSError as error:  # of a full disk it would not say which file
-        raise OSError(error.errno, error.strerror, path) from error
-    finally:
-        for path in (*temporary.values(), *new):
+        with contextlib.ExitStack() as files:  # which get their names at its end, last one first
+            for path, text in reversed(paths.items()):
+                temporary = files.enter_context(new_file(path))
+                with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+    except BaseException:
+        for path in new:
             with contextlib.suppress(OSError):
                 os.remove(path)
+        raise
 
 
 if __name__ == "__main__":

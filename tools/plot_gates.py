@@ -112,7 +112,7 @@ def read_filters(config, path):
     """
     cli.import_paddle()
     import checkpoint
-    from worker import build_model
+    from run import build_model
 
     weights = checkpoint.load_weights(path)
     take_sizes(config, weights)

@@ -9,13 +9,12 @@ counts once, as it was last.  -output is replaced where it exists.  Needs matplo
 """
 
 import argparse
-import contextlib
 import os
 import sys
 
 import cli
 from config import ConfigError
-from pdparams import temporary_path
+from files import new_file
 
 # Readable on white, and apart from each other for the colour-blind.
 _COLOURS = ("#0b62a4", "#d0582b", "#2b8a57", "#8a4fa0", "#b8860b", "#52636e", "#c2387a", "#12919c")
@@ -101,16 +100,9 @@ def import_pyplot():
 def save(figure, path):
     """Writes a figure in the format of its suffix, whole or not at all."""
     kind = os.path.splitext(path)[1][1:].lower()
-    temporary = temporary_path(path)
-    try:
-        metadata = {"Date": None} if kind == "svg" else None
+    metadata = {"Date": None} if kind == "svg" else None
+    with new_file(path) as temporary:
         figure.savefig(temporary, format=kind, metadata=metadata)
-        os.replace(temporary, path)
-    except OSError as error:  # of a full disk it would not say which file
-        raise OSError(error.errno, error.strerror, path) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def read_run(path):
@@ -128,7 +120,7 @@ def read_run(path):
         OSError: it cannot be read.
     """
     cli.import_paddle()
-    from utils import read_metrics
+    from metrics import read_metrics
 
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "metrics.jsonl")
@@ -147,7 +139,7 @@ def read_run(path):
 
 
 def curves(rows):
-    """The curves of the rows of utils.read_metrics; see read_run."""
+    """The curves of the rows of metrics.read_metrics; see read_run."""
     reports, ends = {}, {}  # by epoch
     for row in rows:
         if row["kind"] == "train":

@@ -37,10 +37,10 @@ import sys
 from typing import Any, NamedTuple, Optional
 
 import cli
-import launch
+import process
 from config import ConfigError, get_config, update_config
-from make_lists import BROKEN, DEAD_LINK, IMAGE_SUFFIXES, NO_FILE, find_images, show
-from pdparams import temporary_path
+from files import new_file, show_path
+from make_lists import BROKEN, DEAD_LINK, IMAGE_SUFFIXES, NO_FILE, find_images
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -224,13 +224,15 @@ def find_paths(arguments, problem):
             continue
         is_folder = os.path.isdir(argument)
         if os.path.lexists(argument) and not is_folder:
-            raise ConfigError(f"{show(argument)}: this is neither a file nor a folder")
+            raise ConfigError(f"{show_path(argument)}: this is neither a file nor a folder")
         matches = [argument] if is_folder else sorted(glob.glob(argument, recursive=True))
         if not matches:
-            raise ConfigError(f"{show(argument)}: no such file or folder")
+            raise ConfigError(f"{show_path(argument)}: no such file or folder")
         found = [path for match in matches for path in _images_at(match, problem)]
         if not found:
-            raise ConfigError(f"{show(argument)}: no image is there ({', '.join(IMAGE_SUFFIXES)})")
+            raise ConfigError(
+                f"{show_path(argument)}: no image is there ({', '.join(IMAGE_SUFFIXES)})"
+            )
         paths.update(dict.fromkeys(found))
     return list(paths)
 
@@ -240,7 +242,7 @@ def _images_at(path, problem):
 
     def skip(what, skipped):
         if what in BROKEN:
-            problem(f"cannot read {show(skipped)}: {BROKEN[what]}")
+            problem(f"cannot read {show_path(skipped)}: {BROKEN[what]}")
 
     if os.path.isdir(path):
         return list(find_images(path, skip))
@@ -260,8 +262,8 @@ def load_model(config, path):
     """
     import checkpoint
     import utils
-    import worker
     from resample import resample_weights
+    from run import build_model
 
     if config.DATA.IMAGE_CHANNELS != 3:
         raise ConfigError(f"DATA.IMAGE_CHANNELS is {config.DATA.IMAGE_CHANNELS}: images are RGB: 3")
@@ -273,7 +275,7 @@ def load_model(config, path):
             f"{path}: these weights are for {len(bias):,} classes, and the model has {wanted:,}: "
             f"give -num_classes {len(bias)}"
         )
-    model = worker.build_model(config)
+    model = build_model(config)
     weights, side = resample_weights(weights, model.patch_embed.num_tokens, path)
     if side:
         pixels = side * config.MODEL.MIXER.PATCH_SIZE
@@ -372,7 +374,7 @@ def predict(model, config, paths, classes, k, problem):
     sampler = EvalSampler(len(paths), config.DATA.BATCH_SIZE_EVAL, 0, 1)
     workers = config.DATA.NUM_WORKERS
     if workers < 0:  # a single batch needs none
-        workers = launch.default_workers(paddle.get_device().startswith("gpu"))
+        workers = process.default_workers(paddle.get_device().startswith("gpu"))
         workers = workers if len(sampler) > 1 else 0
     transform = build_batch_transform(config, train=False)
     batches = build_loader(images, sampler, workers)
@@ -392,8 +394,8 @@ def predict(model, config, paths, classes, k, problem):
                 path = paths[index]
                 if not np.isfinite(logits[row]).all():
                     raise cli.Failed(
-                        f"{show(path)}: the model's outputs for it are not finite numbers: the "
-                        "weights are spoilt"
+                        f"{show_path(path)}: the model's outputs for it are not finite numbers: "
+                        "the weights are spoilt"
                     )
                 choices = [
                     Choice(i, *classes[i], probabilities[row, i]) for i in order[row].tolist()
@@ -405,10 +407,10 @@ def predict(model, config, paths, classes, k, problem):
 def write_table(file, predictions, first):
     """A line per image, and one per choice below it."""
     for path, _, choices in predictions:
-        file.write(f"{show(path)}\n")
+        file.write(f"{show_path(path)}\n")
         digits = max(len(str(choice.label)) for choice in choices)
         for label, name, _, probability in choices:
-            name = "" if name == str(label) else f"  {show(name)}"
+            name = "" if name == str(label) else f"  {show_path(name)}"
             file.write(f"  {100 * probability:6.2f}%  {label:>{digits}}{name}\n")
 
 
@@ -482,16 +484,8 @@ class Sheet:
             )
         data = io.BytesIO()
         self.draw().save(data, self.format)
-        temporary = temporary_path(self.path)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data.getvalue())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        with new_file(self.path) as temporary, open(temporary, "wb") as file:
+            file.write(data.getvalue())
 
     def draw(self):
         """The picture, a PIL image."""

@@ -21,7 +21,7 @@ import os
 import sys
 
 import cli
-import launch
+import process
 from config import ConfigError, get_config, update_config
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
@@ -64,7 +64,7 @@ def work(args):
             raise ConfigError(
                 f"-image_sizes {size}: it must be a multiple of the patch size, {patch} pixels"
             )
-    os.environ.setdefault("OMP_NUM_THREADS", str(launch.available_cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(process.available_cores()))
     cli.import_paddle()
     import checkpoint
 
@@ -133,7 +133,7 @@ def accuracy(config, size, weights, title):
     sampler = datasets.EvalSampler(len(images), batch_size, 0, 1)
     workers = config.DATA.NUM_WORKERS
     if workers < 0:
-        workers = launch.default_workers(on_gpu=False)
+        workers = process.default_workers(on_gpu=False)
     transform = build_batch_transform(config, train=False)
     with contextlib.closing(datasets.build_loader(images, sampler, workers)) as batches:
         bar = utils.progress_bar(batches, len(sampler), title, 0)
@@ -141,11 +141,11 @@ def accuracy(config, size, weights, title):
 
 
 def _build(config, size):
-    import worker
+    from run import build_model
 
     config = config.clone()
     config.DATA.IMAGE_SIZE = size
-    return worker.build_model(config)
+    return build_model(config)
 
 
 def _share(score, own):

@@ -1,4 +1,4 @@
-"""One rank of a run: builds the parts from the config and runs the loops."""
+"""A run on one rank: the parts that training and evaluation share, and the evaluation program."""
 
 import contextlib
 import math
@@ -9,24 +9,23 @@ import paddle
 
 import checkpoint
 import engine
+import metrics
 import optim
 import pdparams
 import stop
 import utils
 from checkpoint import WeightsError
 from config import ConfigError
-from datasets import DataError, EvalSampler, build_dataset, build_loader
+from datasets import EvalSampler, build_dataset, build_loader
+from files import lock, remove_temporary_files, write_text
 from gmlp import build_gmlp
-from launch import default_workers, local_ranks, report_folder
+from metrics import to_json
+from process import default_workers, local_ranks, report_folder
 from resample import resample_weights
 from transforms import build_batch_transform
 
-# What a user can set right by other arguments, and what only shows while running.
-SETUP_ERRORS = (ConfigError, DataError, WeightsError, OSError)
-RUN_ERRORS = (DataError, WeightsError, engine.NonFiniteLoss, OSError)
 
-
-class Worker:
+class Run:
     """The parts of a run that training and evaluation share.
 
     Attributes:
@@ -61,10 +60,10 @@ class Worker:
         if self._has_news():
             self.start, self.start_path = self._load_start()
         self.log = utils.setup_logging(self.folder, self.rank)
-        self.metrics = utils.MetricsFile(self.folder, self.rank)
+        self.metrics = metrics.MetricsFile(self.folder, self.rank)
         if self._has_dashboard:
             rows = self._rows_until_start()
-            self.metrics.dashboard = utils.VisualDL(self.folder, rows, self.log.warning)
+            self.metrics.dashboard = metrics.VisualDL(self.folder, rows, self.log.warning)
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         if config.AMP and not self.amp:
             device = f"GPU without {config.AMP_DTYPE}" if self.on_gpu else "CPU, without AMP"
@@ -79,7 +78,7 @@ class Worker:
         """Fails now, and not after minutes of loading, where the package is not there."""
         if self._has_dashboard:
             try:
-                utils.import_visualdl()
+                metrics.import_visualdl()
             except ImportError as error:
                 raise ConfigError(
                     f"VISUALDL needs the package visualdl, which cannot be imported ({error}): "
@@ -89,7 +88,7 @@ class Worker:
     def _rows_until_start(self):
         """What this folder's metrics.jsonl has from before the checkpoint that the run goes on."""
         try:
-            rows = utils.read_metrics(self.metrics.path)
+            rows = metrics.read_metrics(self.metrics.path)
         except FileNotFoundError:
             return []
         except ValueError as error:
@@ -97,7 +96,7 @@ class Worker:
             return []
         start = self.start or {}
         done = (start.get("epoch", 0), start.get("batch", 0), math.inf)
-        return [row for row in rows if utils.metrics_place(row) <= done]
+        return [row for row in rows if metrics.metrics_place(row) <= done]
 
     def _load_start(self):
         """(checkpoint, path) to go on from, its weights in the model; or (None, None)."""
@@ -129,7 +128,7 @@ class Worker:
         self.warnings.append(
             f"{path} is not the same file on every host: rank 0 has sent its own to all ranks"
         )
-        stop.meet()  # reading a large file may have taken rank 0 long
+        stop.barrier()  # reading a large file may have taken rank 0 long
         return utils.broadcast_object(state)
 
     def _read_checkpoint(self, path, require_checksum):
@@ -152,7 +151,7 @@ class Worker:
             if state.get("run", {}).get("model_name") == self.config.MODEL.NAME:
                 found = path  # where its weights do not fit, it will be refused
                 break
-        stop.meet()  # reading large files may have taken rank 0 long
+        stop.barrier()  # reading large files may have taken rank 0 long
         return utils.broadcast_object(found)
 
     def _has_news(self):
@@ -206,7 +205,7 @@ class Worker:
         if self.rank > 0:
             return
         try:
-            self.lock = utils.lock(os.path.join(self.folder, "log.txt"))
+            self.lock = lock(os.path.join(self.folder, "log.txt"))
         except BlockingIOError:
             raise ConfigError(
                 f"{self.folder}: another run is writing there: wait for its end, or give this one "
@@ -216,8 +215,8 @@ class Worker:
             self.warnings.append(
                 f"{self.folder} cannot be locked ({error.strerror}): start no second run there"
             )
-        checkpoint.remove_temporary_files(self.folder)
-        utils.write_text(os.path.join(self.folder, "config.yaml"), self.config.dump())
+        remove_temporary_files(self.folder)
+        write_text(os.path.join(self.folder, "config.yaml"), self.config.dump())
 
     @property
     def amp(self):
@@ -259,12 +258,12 @@ class Worker:
         return build_loader(dataset, sampler, workers, local_ranks())
 
 
-def evaluate(worker):
-    """The `-eval` program: logs the accuracy and writes `eval.json`."""
+def evaluate(run):
+    """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
     start = time.perf_counter()
-    scores = worker.validate(worker.model, "eval")
+    scores = run.validate(run.model, "eval")
     seconds = time.perf_counter() - start
-    path = worker.config.MODEL.PRETRAINED
+    path = run.config.MODEL.PRETRAINED
     result = {
         **scores,
         "seconds": round(seconds, 3),
@@ -272,12 +271,13 @@ def evaluate(worker):
         "weights": path,
         "weights_sha256": pdparams.sha256(path) if path else None,
     }
-    worker.log.info(describe_scores(scores))
-    worker.metrics.write(kind="eval", **result)
-    if worker.rank == 0:
-        text = utils.to_json(result, indent=2) + "\n"
-        utils.write_text(os.path.join(worker.folder, "eval.json"), text)
-    worker.log.info(f"outputs in {worker.folder}")
+    run.log.info(describe_scores(scores))
+    run.metrics.write(kind="eval", **result)
+    if run.rank == 0:
+        text = to_json(result, indent=2) + "\n"
+        write_text(os.path.join(run.folder, "eval.json"), text)
+    run.log.info(f"outputs in {run.folder}")
+    return 0
 
 
 def build_model(config):

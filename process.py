@@ -1,0 +1,150 @@
+"""This process among others: its share of the machine, its parent, what it tells its launcher.
+
+Needs no Paddle; import_paddle() is where every program and tool gets it.
+"""
+
+import contextlib
+import ctypes
+import glob
+import io
+import json
+import os
+import sys
+import warnings
+
+REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
+
+
+def is_rank():
+    """Whether a launcher, ours or Paddle's, started this process as a rank."""
+    return "PADDLE_TRAINER_ID" in os.environ
+
+
+def local_ranks():
+    """How many ranks run on this host."""
+    return int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
+
+
+def available_cores():
+    """The cores that this process may use, by its affinity and its cgroup's quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:  # cgroup v2: "quota period" or "max period"
+            quota, period = file.read().split()
+        cores = min(cores, int(quota) // int(period))
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:  # cgroup v1: -1 is no limit
+            quota = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+            period = int(file.read())
+        if quota > 0:
+            cores = min(cores, quota // period)
+    return max(1, cores)
+
+
+def set_threads(ranks):
+    """Shares the cores out among the ranks of this host, unless OMP_NUM_THREADS is set already.
+
+    Has to run before Paddle is imported: Paddle takes one thread where the variable is unset.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+
+
+def default_workers(on_gpu):
+    """Loader workers per rank: this host's cores shared out among its ranks.
+
+    On a GPU machine the workers have the cores to themselves.  On the CPU one core of each rank's
+    share is left to the model; a rank with one core loads in its own process (0 workers).
+    """
+    share = max(1, available_cores() // local_ranks())
+    return min(share, 16) if on_gpu else share - 1
+
+
+def import_paddle():
+    """Paddle with this rank's share of the cores, without its notes and its signal handlers."""
+    set_threads(local_ranks())
+    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
+    warnings.filterwarnings("ignore", message="No ccache found")
+    with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
+        import paddle
+
+    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
+    return paddle
+
+
+def die_with_parent(parent, number):
+    """Has the kernel send this process a signal when its parent ends (on Linux).
+
+    Args:
+        parent: the parent's process id; where it has ended already, this process does too.
+        number: the signal.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, number)  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def remove_batches(pids):
+    """Removes the batches that ended loader workers left in shared memory.
+
+    Args:
+        pids: their process ids; Paddle names a batch's file after the process that made it.
+    """
+    for pid in pids:
+        for path in glob.glob(f"/dev/shm/paddle_{pid}_*"):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+def describe_error(error):
+    """One sentence; an OSError's own text would begin with its number."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def report_error(message, status=None):
+    """Prints an error, or has the launcher print it once however many ranks report it.
+
+    Args:
+        message: one sentence.
+        status: what this rank ends with, for an error of its own; None where it may only be the
+            consequence of another rank's end.
+    """
+    text = message.encode(errors="replace")[:3000].decode(errors="ignore")
+    if not _report(error=text, status=status):
+        print(message, file=sys.stderr, flush=True)
+
+
+def report_folder(folder):
+    """Tells the launcher where this run's files are: it names the log of a rank that fails."""
+    _report(folder=os.path.abspath(folder))
+
+
+def report_alive():
+    """Tells the launcher that this rank, which was asked to end, gets on."""
+    _report()
+
+
+@contextlib.contextmanager
+def busy():
+    """Tells the launcher that what this rank does in here may take long for a good reason."""
+    _report(busy=True)
+    try:
+        yield
+    finally:
+        _report(busy=False)
+
+
+def _report(**what):
+    """Whether there is a launcher, and it was told."""
+    if REPORT_PIPE not in os.environ:
+        return False
+    rank = int(os.environ["PADDLE_TRAINER_ID"])
+    line = json.dumps({"rank": rank, **what}, ensure_ascii=False) + "\n"
+    with contextlib.suppress(OSError):
+        # One write below PIPE_BUF is atomic, so that ranks do not mix their sentences.
+        os.write(int(os.environ[REPORT_PIPE]), line.encode(errors="replace"))
+        return True
+    return False

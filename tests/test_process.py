@@ -1,0 +1,93 @@
+"""A process's share of the machine, and its place among the ranks."""
+
+import io
+import os
+
+import pytest
+
+import process
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8)],
+)
+def test_cores_are_those_of_the_affinity_within_the_cgroups_quota(monkeypatch, quota, cores):
+    assert 1 <= process.available_cores() <= os.cpu_count()
+
+    def fake_open(path):
+        if path != "/sys/fs/cgroup/cpu.max":
+            raise FileNotFoundError(path)
+        return io.StringIO(quota)
+
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(process, "open", fake_open, raising=False)
+    assert process.available_cores() == cores
+
+
+def test_an_old_cgroups_quota_counts_too(monkeypatch):
+    files = {
+        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",
+        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }
+
+    def fake_open(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(process, "open", fake_open, raising=False)
+    assert process.available_cores() == 3
+    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1\n"
+    assert process.available_cores() == 8
+
+
+@pytest.mark.parametrize(
+    ("already", "ranks", "threads"), [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3")]
+)
+def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, already, ranks, threads):
+    monkeypatch.setattr(process, "available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", already or "")
+    if already is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    process.set_threads(ranks)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_rank", "local_ranks"),
+    [
+        ({}, False, 1),
+        ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "1"}, True, 1),
+        ({"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4"}, True, 4),
+        (
+            {"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4", "PADDLE_LOCAL_SIZE": "2"},
+            True,
+            2,
+        ),
+    ],
+)
+def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_rank, local_ranks):
+    environment(**variables)
+    assert (process.is_rank(), process.local_ranks()) == (is_rank, local_ranks)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "on_gpu", "workers"),
+    [
+        (8, 2, False, 3),
+        (2, 2, False, 0),
+        (1, 2, False, 0),
+        (8, 2, True, 4),
+        (1, 2, True, 1),
+        (256, 4, True, 16),
+        (1, 1, True, 1),
+    ],
+)
+def test_loader_workers_are_shared_out_from_the_cores(
+    monkeypatch, environment, cores, ranks, on_gpu, workers
+):
+    monkeypatch.setattr(process, "available_cores", lambda: cores)
+    environment(PADDLE_LOCAL_SIZE=str(ranks))
+    assert process.default_workers(on_gpu) == workers
