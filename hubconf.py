@@ -1,0 +1,105 @@
+"""Entries for paddle.hub: the models by name, from a folder or from a repository.
+
+    paddle.hub.list("/path/to/this/folder", source="local")
+    model = paddle.hub.load("/path/to/this/folder", "gmlp_s16_224", source="local",
+                            pretrained="gmlp_s16_224.pdparams")
+
+Every public name here that can be called is an entry, hence the underscores.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import types
+import warnings
+
+dependencies = ["paddle", "numpy", "yaml", "yacs"]
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+_DOC = """
+    Args:
+        pretrained: path of a file with weights: .pdparams (bare, or a training checkpoint) or
+            .safetensors in the same names; None or False for a fresh initialization.
+        num_classes: number of logits; where the file has another, the head starts anew.
+        image_size: height and width of the images in pixels, a multiple of 16; where the file is
+            for another, its spatial projections are resampled.
+
+    Returns:
+        A paddle.nn.Layer in training mode: float images [batch, 3, image_size, image_size],
+        normalized with mean and std 0.5, to logits [batch, num_classes].
+
+    Raises:
+        ValueError: these are not this model's weights, or there is no such model; says what to do.
+    """
+
+
+def gmlp_ti16_224(pretrained=None, num_classes=1000, image_size=224):
+    """gMLP-Ti/16, 5.9M parameters; no weights are public."""
+    return _load("gmlp_ti16_224", pretrained, num_classes, image_size)
+
+
+def gmlp_s16_224(pretrained=None, num_classes=1000, image_size=224):
+    """gMLP-S/16, 19.4M parameters; links to published weights are in the README's model zoo."""
+    return _load("gmlp_s16_224", pretrained, num_classes, image_size)
+
+
+def gmlp_b16_224(pretrained=None, num_classes=1000, image_size=224):
+    """gMLP-B/16, 73.1M parameters; no weights are public."""
+    return _load("gmlp_b16_224", pretrained, num_classes, image_size)
+
+
+for _entry in (gmlp_ti16_224, gmlp_s16_224, gmlp_b16_224):
+    _entry.__doc__ = f"{_entry.__doc__}\n{_DOC}"  # what paddle.hub.help shows
+
+
+def _load(name, pretrained, num_classes, image_size):
+    if pretrained is True:
+        raise ValueError(
+            "pretrained=True has nothing to download from: give a path, such as "
+            f"pretrained='{name}.pdparams' (the README's model zoo says which weights are public "
+            "and tools/port_weights.py makes such a file of timm's)"
+        )
+    with _own_modules():
+        checkpoint, config, gmlp, resample = map(
+            importlib.import_module, ("checkpoint", "config", "gmlp", "resample")
+        )
+    settings = config.update_config(
+        config.get_config(os.path.join(_HERE, "configs", f"{name}.yaml")),
+        types.SimpleNamespace(num_classes=num_classes, image_size=image_size),
+    )
+    model = gmlp.build_gmlp(settings)
+    if pretrained:
+        weights = checkpoint.load_weights(pretrained)
+        tokens = model.patch_embed.num_tokens
+        weights, side = resample.resample_weights(weights, tokens, pretrained)
+        if side:
+            warnings.warn(
+                f"{pretrained}: resampled for images of {image_size} pixels", stacklevel=4
+            )
+        if checkpoint.assign_weights(model, weights, pretrained, allow_new_head=True):
+            warnings.warn(
+                f"{pretrained}: its head is not for {num_classes} classes: the head starts anew",
+                stacklevel=4,
+            )
+    return model
+
+
+@contextlib.contextmanager
+def _own_modules():
+    """Imports find the modules of this folder, whatever the caller's own are called.
+
+    A caller's `config` or `utils` is put aside meanwhile, and ours are forgotten afterwards, so
+    that the caller's later imports find what they would have found without us.
+    """
+    names = {os.path.splitext(name)[0] for name in os.listdir(_HERE) if name.endswith(".py")}
+    aside = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, _HERE)
+    try:
+        yield
+    finally:
+        sys.path.remove(_HERE)
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(aside)

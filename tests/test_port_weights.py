@@ -1,0 +1,221 @@
+"""Porting weights: timm's function under PaddleViT's names, and back with the same bits."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from golden import build, draw_images, draw_weights, load, timm_shapes
+from program import ROOT, run, run_tool, same
+from safetensors.numpy import load_file, save_file
+
+import checkpoint
+import pdparams
+import port_weights
+from config import get_config, update_config
+from gmlp import build_gmlp
+
+TOOL = ROOT / "tools" / "port_weights.py"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A .safetensors of timm's tiny model, as timm writes it."""
+    path = tmp_path_factory.mktemp("timm") / "tiny.safetensors"
+    save_file(draw_weights(timm_shapes(load("tiny"))), path, metadata={"format": "pt"})
+    return path
+
+
+def port(*args):
+    return run_tool(port_weights, *args)
+
+
+def model_of(result, weights):
+    """The model that the printed flags describe, with weights of a file, in float64."""
+    words = result.out.split("the model: ")[1].split()
+    flags = {"opts": words[words.index("-opts") + 1 :]} if "-opts" in words else {}
+    for name in ("cfg", "image_size", "num_classes"):
+        if f"-{name}" in words:
+            value = words[words.index(f"-{name}") + 1]
+            flags[name] = str(ROOT / value) if name == "cfg" else int(value)
+    model = build_gmlp(update_config(get_config(), SimpleNamespace(**flags)))
+    checkpoint.assign_weights(model, checkpoint.load_weights(weights), "")
+    model.eval()
+    return model.to(dtype="float64")
+
+
+def test_a_user_ports_timms_weights_and_the_model_is_timms(tiny, tmp_path):
+    target = tmp_path / "tiny.pdparams"
+    result = run([sys.executable, TOOL, tiny, target]).check()
+    assert result.out.startswith(f"{target}: 36 tensors, 21,098 parameters, float32\n")
+    model = model_of(result, target)
+    with paddle.no_grad():
+        logits = model(paddle.to_tensor(draw_images(32)).astype("float64"))
+    assert np.abs(logits.numpy() - load("tiny")["logits_float64"]).max() < 1e-10
+    assert paddle.load(str(target)).keys() == build("tiny").state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"DATA.IMAGE_SIZE": 30, "MODEL.MIXER.PATCH_SIZE": 6, "MODEL.MIXER.DEPTH": 1},
+        {"DATA.IMAGE_CHANNELS": 1, "MODEL.NUM_CLASSES": 2, "MODEL.MIXER.MLP_RATIO": 2.5},
+        {"MODEL.MIXER.EMBED_DIM": 6, "MODEL.MIXER.MLP_RATIO": 38 / 6, "DATA.IMAGE_SIZE": 4},
+    ],
+    ids=["as timm's", "one block", "gray", "odd ratio"],
+)
+def test_there_and_back_has_the_same_bits(sizes, dtype, tmp_path):
+    words = {
+        "DATA.IMAGE_SIZE": 16, "MODEL.NUM_CLASSES": 10, "MODEL.MIXER.PATCH_SIZE": 4,
+        "MODEL.MIXER.EMBED_DIM": 8, "MODEL.MIXER.DEPTH": 2, **sizes,
+    }  # fmt: skip
+    config = get_config()
+    config.merge_from_list([word for item in words.items() for word in item])
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(param.shape).astype(dtype)
+        for name, param in build_gmlp(config).state_dict().items()
+    }
+    start, middle, end = (tmp_path / name for name in ("a.pdparams", "b.safetensors", "c.pdparams"))
+    pdparams.write(start, weights)
+    port(start, middle).check()
+    theirs = load_file(middle)
+    assert theirs["stem.proj.weight"].shape == weights["patch_embed.patch_embed.weight"].shape
+    assert same(theirs["head.weight"].T, weights["head.weight"])
+    result = port(middle, end).check()
+    back = pdparams.read(end)
+    assert same(back, weights) and {array.dtype.name for array in back.values()} == {dtype}
+    model_of(result, end)  # the printed flags are those of this model
+
+
+def test_bfloat16_becomes_float32_with_the_same_values(tiny, tmp_path):
+    source, target = tmp_path / "bf.safetensors", tmp_path / "bf.pdparams"
+    bits = {name: array.view("uint32") >> 16 for name, array in load_file(tiny).items()}
+    header, data = {}, b""  # of the format, as safetensors for NumPy has no bfloat16
+    for name, array in bits.items():
+        end = len(data) + 2 * array.size
+        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": [len(data), end]}
+        data += array.astype("<u2").tobytes()
+    text = json.dumps(header).encode()
+    source.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    port(source, target).check()
+    bias = pdparams.read(target)["head.bias"]
+    assert same(bias, (bits["head.bias"] << 16).view("float32")) and bias.dtype == "float32"
+
+
+def test_strip_keeps_the_averaged_weights_of_a_checkpoint_alone(trained, tmp_path):
+    target = tmp_path / "weights.pdparams"
+    port("-strip", trained / "last.pdparams", target).check()
+    assert same(pdparams.read(target), pdparams.read(trained / "last.pdparams")["model_ema"])
+    port("-strip", target, tmp_path / "again.pdparams").refused(2, "bare weights already")
+
+
+def test_what_is_no_gmlp_is_refused_with_the_first_difference(tiny, tmp_path):
+    weights = load_file(tiny)
+    target = tmp_path / "x.pdparams"
+
+    def refused(changes, *parts):
+        changed = {**weights, **changes}
+        changed = {name: array for name, array in changed.items() if array is not None}
+        save_file(changed, tmp_path / "x.safetensors")
+        port(tmp_path / "x.safetensors", target).refused(2, "x.safetensors: ", *parts)
+        assert not target.exists()
+
+    refused({"head.bias": None}, "head.bias is missing")
+    refused({"blocks.1.norm.bias": None}, "mixer_layers.1.norm.bias is not there")
+    refused({"cls_token": np.zeros(3, "float32")}, "cls_token is [3], wanted nothing")
+    refused({"head.bias": np.zeros(9, "float32")}, "head.weight is [16, 10], wanted [16, 9]")
+    refused({"norm.weight": np.zeros(16, "int32")}, "norm.weight is of int32")
+    refused({"stem.proj.weight": np.zeros([16], "float32")}, "a shape cannot be")
+    wide = np.zeros(1000, "float32")
+    refused({"blocks.0.mlp_channels.fc1.bias": wide}, "do not fit together")
+    refused({"blocks.0.mlp_channels.gate.proj.bias": wide[:0]}, "is no gMLP's")
+
+
+@pytest.mark.parametrize(
+    "args, parts",
+    [
+        (["{tiny}", "x.onnx"], ["x.onnx: ", ".pdparams or in .safetensors"]),
+        (["{there}", "x.pdparams"], ["there.pdparams: ", "nothing to port", "-strip"]),
+        (["{tiny}", "{there}"], ["there.pdparams: ", "-force"]),
+        (["-force", "{tiny}", "{tiny}"], ["one file"]),
+        (["-strip", "{tiny}", "x.pdparams"], ["-strip"]),
+        (["/nowhere.safetensors", "x.pdparams"], ["/nowhere.safetensors", "does not exist"]),
+        (["{there}", "x.safetensors"], ["there.pdparams", "is empty"]),
+        (["{tiny}", "no folder/x.pdparams"], ["no folder/x.pdparams: cannot be written"]),
+    ],
+)
+def test_what_is_asked_wrongly_is_a_sentence(args, parts, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "there.pdparams"
+    there.touch()
+    port(*(arg.format(tiny=tiny, there=there) for arg in args)).refused(2, *parts)
+    assert list(tmp_path.iterdir()) == [there] and there.read_bytes() == b""
+
+
+def test_help_is_answered_without_paddle():
+    result = run([sys.executable, "-X", "importtime", TOOL, "-h"]).check()
+    assert "-verify" in result.out and "paddle" not in result.err
+
+
+def test_verify_without_timm_says_what_to_install(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    port("-verify", tiny, tmp_path / "x.pdparams").refused(2, "timm", "pip install")
+
+
+@pytest.mark.parametrize("gap, status", [(1e-11, 0), (1e-9, 1), (np.nan, 1)])
+def test_a_difference_from_timm_is_a_failure_and_writes_nothing(
+    gap, status, tiny, tmp_path, monkeypatch
+):
+    logits, features = np.zeros([2, 10]), np.zeros([2, 16])
+    monkeypatch.setattr(port_weights, "import_timm", lambda: None)
+    monkeypatch.setattr(port_weights, "run_ours", lambda *args: (logits, features))
+    monkeypatch.setattr(port_weights, "run_timm", lambda *args: (logits, features + gap))
+    target = tmp_path / "x.pdparams"
+    result = port("-verify", tiny, target)
+    assert result.status == status and target.exists() == (status == 0)
+    assert "largest difference from timm" in (result.err if status else result.out)
+
+
+def test_verify_runs_timm_itself(tiny, tmp_path):
+    pytest.importorskip("timm", exc_type=Exception)
+    result = port("-verify", tiny, tmp_path / "x.pdparams").check()
+    assert "largest difference from timm" in result.out
+
+
+def test_pytorch_files_of_weights_are_read_and_no_others(tiny, tmp_path):
+    torch = pytest.importorskip("torch")
+    weights = {name: torch.from_numpy(array) for name, array in load_file(tiny).items()}
+    expected = tmp_path / "expected.pdparams"
+    port(tiny, expected).check()
+    average = {f"module.{name}": tensor for name, tensor in weights.items()}
+    for number, tree in enumerate(
+        (
+            weights,
+            {"state_dict": weights, "epoch": 3},
+            {"state_dict": {}, "state_dict_ema": average},
+        )
+    ):
+        torch.save(tree, tmp_path / "w.pth")
+        port(tmp_path / "w.pth", tmp_path / f"{number}.pdparams").check()
+        assert same(pdparams.read(tmp_path / f"{number}.pdparams"), pdparams.read(expected))
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "opened"), "w")
+
+    for tree in ({"a": Hostile()}, {"a": torch.zeros(1).expand(10**9)}, {"a": 3}, {}):
+        torch.save(tree, tmp_path / "w.pth")
+        port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ")
+    assert not (tmp_path / "opened").exists()
+    (tmp_path / "w.pth").write_bytes(b"PK\x03\x04")
+    port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ")
+
+
+def test_a_pytorch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ", "pip install torch")
