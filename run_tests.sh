@@ -5,7 +5,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/tools/setup_env.sh"
-setup_env "$here/requirements-dev.txt" pytest ruff matplotlib
+setup_env "$here/requirements-dev.txt" pytest ruff matplotlib visualdl onnxruntime
 
 cd "$here"
 exec "$PYTHON" -m pytest "$@"

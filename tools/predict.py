@@ -113,14 +113,14 @@ def work(args):
         raise ConfigError(f"-topk is {args.topk}, it must be at least 1")
     classes = read_classes(args.names, config.MODEL.NUM_CLASSES)
     sheet = Sheet(args.plot, args.font) if args.plot else None
-    problems = Problems()
+    problems = Problems("predict.py")
     paths = find_paths(args.paths, problems)
     cli.import_paddle()
     from tqdm import tqdm
 
     from datasets import DataError, explain_dead_workers
 
-    model = load_model(config, args.pretrained)
+    model = load_model(config, args.pretrained, problems.note)
     write = _WRITERS[args.format]
     bar = tqdm(total=len(paths), leave=False, unit="image", disable=not sys.stderr.isatty())
     batches = predict(model, config, paths, classes, args.topk, problems)
@@ -142,20 +142,24 @@ def work(args):
 
 
 class Problems:
-    """Prints a sentence about each thing that could not be done, and counts them."""
+    """Prints a sentence about each thing that could not be done, and counts them.
 
-    def __init__(self):
-        self.count = 0
+    Args:
+        tool: the file name of the program, which comes first.
+    """
+
+    def __init__(self, tool):
+        self.tool, self.count = tool, 0
 
     def __call__(self, sentence):
         self.count += 1
-        note(sentence)
+        self.note(sentence)
 
+    def note(self, sentence):
+        """Prints a sentence about what is no problem."""
+        from tqdm import tqdm
 
-def note(sentence):
-    from tqdm import tqdm
-
-    tqdm.write(f"predict.py: {sentence}", file=sys.stderr)
+        tqdm.write(f"{self.tool}: {sentence}", file=sys.stderr)
 
 
 def read_classes(path, count):
@@ -254,8 +258,13 @@ def _images_at(path, problem):
     return [path]
 
 
-def load_model(config, path):
+def load_model(config, path, note):
     """The config's model with the weights of a file, as -eval has it.
+
+    Args:
+        config: the merged config.
+        path: the weights.
+        note: called with a sentence where they were resampled.
 
     Raises:
         ConfigError, WeightsError: there is no such model, or these are not its weights.
@@ -344,16 +353,51 @@ class _Paths:
         return 0
 
 
+def read_batches(config, paths, problem):
+    """Reads images as -eval does, in batches of DATA.BATCH_SIZE_EVAL.
+
+    Args:
+        config: the merged config.
+        paths: image files.
+        problem: called with a sentence about each image that cannot be read.
+
+    Yields:
+        (count, paths, pixels): how many images were tried, which could be read, and those as uint8
+        Tensor [images, size, size, 3].
+
+    Raises:
+        DataError: the loader cannot work.
+    """
+    import numpy as np
+    import paddle
+
+    from datasets import EvalSampler, build_loader
+
+    images = Images(paths, config)
+    sampler = EvalSampler(len(paths), config.DATA.BATCH_SIZE_EVAL, 0, 1)
+    workers = config.DATA.NUM_WORKERS
+    if workers < 0:  # a single batch needs none
+        workers = process.default_workers(paddle.get_device().startswith("gpu"))
+        workers = workers if len(sampler) > 1 else 0
+    with contextlib.closing(build_loader(images, sampler, workers)) as batches:
+        for pixels, indices in batches:
+            indices = indices.numpy()
+            for index in indices[indices < 0]:
+                problem(images.why(~index))
+            read = np.flatnonzero(indices >= 0)
+            if len(read) < len(indices):
+                pixels = paddle.to_tensor(pixels.numpy()[read])
+            yield len(indices), [paths[index] for index in indices[read]], pixels
+
+
 def predict(model, config, paths, classes, k, problem):
     """Classifies images.
 
     Args:
         model: in evaluation mode, with its weights.
-        config: the merged config.
-        paths: image files.
+        config, paths, problem: see read_batches.
         classes: a Class for each label.
         k: choices per image; all where there are fewer classes.
-        problem: called with a sentence about each image that cannot be read.
 
     Yields:
         (number of images, list of Prediction) for each batch; those that cannot be read are missing
@@ -367,31 +411,22 @@ def predict(model, config, paths, classes, k, problem):
     import paddle
     from paddle.nn import functional as F
 
-    from datasets import EvalSampler, build_loader
     from transforms import build_batch_transform
 
-    images = Images(paths, config)
-    sampler = EvalSampler(len(paths), config.DATA.BATCH_SIZE_EVAL, 0, 1)
-    workers = config.DATA.NUM_WORKERS
-    if workers < 0:  # a single batch needs none
-        workers = process.default_workers(paddle.get_device().startswith("gpu"))
-        workers = workers if len(sampler) > 1 else 0
     transform = build_batch_transform(config, train=False)
-    batches = build_loader(images, sampler, workers)
-    with contextlib.closing(batches):
-        for pixels, indices in batches:
+    with contextlib.closing(read_batches(config, paths, problem)) as batches:
+        for count, names, pixels in batches:
+            if not names:
+                yield count, []
+                continue
             with paddle.no_grad():
-                logits = model(transform(pixels, indices)[0]).astype("float32")
+                logits = model(transform(pixels, None)[0]).astype("float32")
                 probabilities = F.softmax(logits).numpy()
-            pixels, indices, logits = pixels.numpy(), indices.numpy(), logits.numpy()
+            pixels, logits = pixels.numpy(), logits.numpy()
             # By the logits, as accuracy counts: probabilities may be equal where they are not.
             order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
             predictions = []
-            for row, index in enumerate(indices):
-                if index < 0:
-                    problem(images.why(~index))
-                    continue
-                path = paths[index]
+            for row, path in enumerate(names):
                 if not np.isfinite(logits[row]).all():
                     raise cli.Failed(
                         f"{show_path(path)}: the model's outputs for it are not finite numbers: "
@@ -401,7 +436,7 @@ def predict(model, config, paths, classes, k, problem):
                     Choice(i, *classes[i], probabilities[row, i]) for i in order[row].tolist()
                 ]
                 predictions.append(Prediction(path, pixels[row], choices))
-            yield len(indices), predictions
+            yield count, predictions
 
 
 def write_table(file, predictions, first):
@@ -479,7 +514,7 @@ class Sheet:
             problem(f"{self.path}: is not written, as no image could be read")
             return
         if self.left_out:
-            note(
+            problem.note(
                 f"{self.path}: has the first {_PLOT_IMAGES} images, without {self.left_out:,} more"
             )
         data = io.BytesIO()

@@ -5,7 +5,8 @@
 # sets PYTHON to an interpreter that has Paddle, the program's packages and the named modules.
 # The active Python is used as it is where it already has Paddle and the modules.  Otherwise a virtual
 # environment is made in .venv (or in $VENV) and filled: Paddle's GPU wheel where there is an NVIDIA
-# GPU, the CPU wheel elsewhere.  PYTHON names the interpreter to start from (3.9 to 3.13).
+# GPU, the CPU wheel elsewhere.  PYTHON names the interpreter to start from (3.9 to 3.13), and PADDLE
+# another wheel, such as paddlepaddle-gpu==2.6.2.
 
 PADDLE_VERSION=3.3.1
 # Paddle's documented package index; the part at the end is the CUDA version of the wheel.
@@ -39,6 +40,10 @@ find_python() {  # prints $PYTHON or the first supported interpreter
 }
 
 install_paddle() {  # install_paddle PYTHON
+    if [ -n "${PADDLE:-}" ]; then
+        "$1" -m pip install "$PADDLE"
+        return
+    fi
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
         "$1" -m pip install "paddlepaddle-gpu==$PADDLE_VERSION" -i "$PADDLE_GPU_INDEX" && return
         echo "$0: the GPU wheel of Paddle could not be installed from $PADDLE_GPU_INDEX (set" \

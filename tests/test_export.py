@@ -1,0 +1,209 @@
+"""Exported models: what Paddle Inference and ONNX Runtime make of them, and what is written."""
+
+import hashlib
+import json
+import shutil
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from program import CONFIG, ROOT, SMALL, run, run_tool
+
+import export
+import pdparams
+from checkpoint import assign_weights, load_weights
+from config import get_config
+from files import new_folder
+from run import build_model
+from transforms import build_batch_transform, build_transform
+
+TOOL = ROOT / "tools" / "export.py"
+FILES = ["inference.json", "inference.pdiparams", "signature.json"]
+
+
+@pytest.fixture(scope="module")
+def photos(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("some photos")
+    for number, path in enumerate(sorted((digits / "val").glob("3/*.png"))[:5]):
+        shutil.copy(path, folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A config file of a small model."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    model = {key: value for key, value in SMALL.items() if key.startswith("MODEL.MIXER.")}
+    config = get_config(str(CONFIG))
+    config.merge_from_list([word for item in model.items() for word in item])
+    path.write_text(config.dump())
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(small, tmp_path_factory):
+    """Weights of the small model that give each image probabilities of its own."""
+    model = build_model(get_config(str(small)))
+    rng = np.random.default_rng(0)
+    state = {
+        name: rng.standard_normal(value.shape).astype("float32")
+        for name, value in model.state_dict().items()
+    }
+    path = tmp_path_factory.mktemp("weights") / "w.pdparams"
+    pdparams.write(path, state)
+    return path
+
+
+def exported(small, weights, output, *args):
+    return run_tool(export, "-cfg", small, "-pretrained", weights, "-output", output, *args)
+
+
+def expected(small, weights, photos):
+    """Decoded images uint8 [5, size, size, 3], normalized ones, and the model's probabilities."""
+    from PIL import Image
+
+    config = get_config(str(small))
+    model = build_model(config)
+    assign_weights(model, load_weights(weights), "")
+    model.eval()
+    transform = build_transform(config, train=False)
+    paths = sorted(photos.glob("*.png"))
+    pixels = np.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    images, _ = build_batch_transform(config, train=False)(paddle.to_tensor(pixels), None)
+    with paddle.no_grad():
+        probabilities = paddle.nn.functional.softmax(model(images)).numpy()
+    assert np.ptp(probabilities, axis=0).max() > 0.1  # so that a mix-up would show
+    return pixels, images.numpy(), probabilities
+
+
+def predict_with_paddle(folder, images):
+    from paddle import inference
+
+    programs = [path for path in folder.iterdir() if path.suffix in (".json", ".pdmodel")]
+    (program,) = (path for path in programs if path.stem == "inference")
+    options = inference.Config(str(program), str(folder / "inference.pdiparams"))
+    options.disable_gpu()
+    predictor = inference.create_predictor(options)
+    predictor.get_input_handle("images").copy_from_cpu(images)
+    predictor.run()
+    (name,) = predictor.get_output_names()
+    return predictor.get_output_handle(name).copy_to_cpu()
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_an_export_gives_the_models_probabilities(small, weights, photos, tmp_path, preprocess):
+    output = tmp_path / "out"
+    args = ["-preprocess"] if preprocess else []
+    result = exported(small, weights, output, *args, photos).check()
+    assert "Paddle Inference: largest difference of a probability " in result.out
+    assert ", on 5 images\n" in result.out
+    pixels, normalized, probabilities = expected(small, weights, photos)
+    images = pixels if preprocess else normalized
+    for count in (1, 2, 5):
+        found = predict_with_paddle(output, images[:count])
+        assert found.shape == (count, 10)
+        assert np.abs(found - probabilities[:count]).max() < 1e-5
+
+
+def test_a_user_exports_onnx_and_the_signature_says_how_to_use_it(small, weights, photos, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("paddle2onnx")
+    output = tmp_path / "an export"
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"digit {number}\n" for number in range(10)))
+    result = run(
+        [sys.executable, TOOL, "-cfg", small, "-pretrained", weights, "-output", output, "-onnx",
+         "-preprocess", "-names", names, photos]
+    ).check()  # fmt: skip
+    first, second, _ = result.out.splitlines()  # and nothing that C++ code prints
+    assert first.startswith("Paddle Inference: ") and second.startswith("ONNX Runtime: ")
+    assert sorted(path.name for path in output.iterdir()) == sorted([*FILES, "model.onnx"])
+    signature = json.loads((output / "signature.json").read_text())
+    assert signature["classes"] == [f"digit {number}" for number in range(10)]
+    assert signature["before"]["center_crop"] == 28 and "normalize" not in signature["before"]
+    assert signature["compared"]["images"] == 5
+    for name, digest in signature["files_sha256"].items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == digest
+    session = onnxruntime.InferenceSession(output / "model.onnx")
+    for value, key in ((session.get_inputs()[0], "input"), (session.get_outputs()[0], "output")):
+        assert (value.name, value.shape) == (signature[key]["name"], signature[key]["shape"])
+    pixels, _, probabilities = expected(small, weights, photos)
+    for count in (1, 5):
+        (found,) = session.run(["probabilities"], {"images": pixels[:count]})
+        assert np.abs(found - probabilities[:count]).max() < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [2e-4, np.nan])
+def test_an_export_that_differs_fails_and_leaves_nothing(
+    small, weights, photos, tmp_path, monkeypatch, wrong
+):
+    own = export.paddle_engine
+
+    def engine(program):
+        right = own(program)
+        return lambda images: right(images) + np.float32(wrong)
+
+    monkeypatch.setattr(export, "paddle_engine", engine)
+    exported(small, weights, tmp_path / "out", photos).refused(1, "more than 0.0001 off")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreadable_image_is_named_and_the_others_are_compared(small, weights, photos, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(photos, images)
+    (images / "2.png").write_bytes(b"text")
+    result = exported(small, weights, tmp_path / "out", images)
+    assert result.status == 1 and "export.py: " in result.err and "2.png" in result.err
+    assert ", on 4 images" in result.out and (tmp_path / "out" / "signature.json").exists()
+    exported(small, weights, tmp_path / "none", images / "2.png").refused(1, "no image could be")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "args, parts",
+    [
+        (["-output", "{there}"], ["there: ", "is there already"]),
+        (["-output", "no/out"], ["no/out: cannot be written: No such file"]),
+        (["-output", "out", "-pretrained", "/nowhere"], ["/nowhere does not exist"]),
+        (["-output", "out", "-num_classes", "3"], ["-num_classes 10"]),
+        (["-output", "out", "-batch_size", "0"], ["BATCH_SIZE"]),
+        (["-output", "out", "-names", "/nowhere.txt"], ["/nowhere.txt: cannot read"]),
+    ],
+)
+def test_what_is_asked_wrongly_is_a_sentence(
+    args, parts, small, weights, photos, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "there"
+    there.mkdir()
+    args = [arg.format(there=there) for arg in args]
+    exported(small, weights, "out", *args, photos).refused(2, *parts)
+    assert list(tmp_path.iterdir()) == [there] and list(there.iterdir()) == []
+
+
+def test_missing_packages_are_said_before_anything_else(
+    small, weights, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "paddle2onnx", None)
+    result = exported(small, weights, tmp_path / "out", "-onnx", photos)
+    result.refused(2, "paddle2onnx", "pip install")
+
+
+def test_help_is_answered_without_paddle():
+    result = run([sys.executable, "-X", "importtime", TOOL, "-h"]).check()
+    assert "-preprocess" in result.out and "paddle" not in result.err.replace("paddle2onnx", "")
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as folder:
+        open(f"{folder}/file", "w").close()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    error = pytest.raises(FileExistsError, match="cannot be written")
+    with error, new_folder(tmp_path / "a") as folder:
+        (tmp_path / "a").mkdir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    with new_folder(tmp_path / "b") as folder:
+        open(f"{folder}/file", "w").close()
+    assert (tmp_path / "b" / "file").exists()

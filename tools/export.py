@@ -1,0 +1,312 @@
+"""Export a model for Paddle Inference, and for ONNX Runtime, with any number of images per batch.
+
+    python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams \\
+        -output exported -onnx photos/
+    python tools/export.py -cfg configs/gmlp_digits.yaml -pretrained best_weights.pdparams \\
+        -output exported -preprocess data/digits/val/5
+
+The exported model gives probabilities.  It takes normalized float32 images [batch, 3, size, size];
+with -preprocess uint8 images [batch, size, size, 3], as decoded, and normalizes them itself.
+Resizing and cropping stay outside: no operator of ONNX has Pillow's filter, with which accuracy is
+measured; signature.json says what to do.  -output is a new folder, whole or not there at all:
+
+    inference.json (Paddle 2.6: inference.pdmodel), inference.pdiparams    for Paddle Inference
+    model.onnx                                                             with -onnx
+    signature.json   names, types, shapes and meaning of input and output, what to do before, the
+                     classes' names, what was measured, versions, and the files' SHA-256
+
+Every export is run on the images at the PATHs, in its own engine, in batches of one and of several,
+and compared with the live model: where a probability is more than 1e-4 apart it fails.
+
+Exit status: 0; 1 for a difference or what else failed while running; 2 for what was asked wrongly.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import sys
+from importlib import metadata
+
+import cli
+from config import ConfigError, get_config, update_config
+from files import new_folder, show_path, write_text
+from pdparams import sha256
+from predict import Problems, find_paths, load_model, read_batches, read_classes
+
+# Paddle comes in work(): -h and a wrong flag answer at once.
+
+_TOLERANCE = 1e-4
+_OPSET = 17  # the first with LayerNormalization
+_INPUT, _OUTPUT = "images", "probabilities"
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("-cfg", metavar="YAML", required=True, help="the model")
+    add("-pretrained", metavar="FILE", required=True, help="its weights")
+    add("-output", metavar="DIR", required=True, help="the new folder")
+    add("-onnx", action="store_true", help="ONNX too (needs paddle2onnx and onnxruntime)")
+    add("-preprocess", action="store_true", help="take uint8 images, and normalize them inside")
+    add("-names", metavar="FILE", help="a line per class, as for predict.py, for signature.json")
+    add("-batch_size", metavar="N", type=int, help="images per batch of the comparison (32)")
+    add("-num_classes", metavar="N", type=int, help="classes of the model (default: as -cfg says)")
+    add("-image_size", metavar="N", type=int, help="pixels (default: as -cfg says)")
+    add("paths", metavar="PATH", nargs="+", help="images to compare with: as for predict.py")
+    return parser
+
+
+def work(args):
+    """Exports what the arguments say.  Returns the exit status."""
+    args.batch_size = 32 if args.batch_size is None else args.batch_size
+    config = update_config(get_config(), args)
+    if os.path.lexists(args.output):
+        raise ConfigError(f"{show_path(args.output)}: is there already: give -output a new name")
+    if args.onnx:
+        import_onnx()
+    names = [each.name for each in read_classes(args.names, config.MODEL.NUM_CLASSES)]
+    problems = Problems("export.py")
+    paths = find_paths(args.paths, problems)
+    cli.import_paddle()
+    model = with_probabilities(
+        load_model(config, args.pretrained, problems.note), config, args.preprocess
+    )
+    with new_folder(args.output) as folder:
+        program = export_paddle(model, config, args.preprocess, folder)
+        engines = {"Paddle Inference": paddle_engine(program)}
+        if args.onnx:
+            with quiet():
+                path = export_onnx(program)
+            engines["ONNX Runtime"] = onnx_engine(path)
+        with quiet():
+            count, gaps = compare(model, engines, config, args.preprocess, paths, problems)
+        for name, gap in gaps.items():
+            print(f"{name}: largest difference of a probability {gap:.1e}, on {count} images")
+        if not all(gap <= _TOLERANCE for gap in gaps.values()):  # so that a NaN fails
+            raise cli.Failed(f"an export is more than {_TOLERANCE} off: nothing is written")
+        signature = describe(config, args, names, folder)
+        signature["compared"] = {"images": count, "largest_difference": gaps}
+        text = json.dumps(signature, indent=2, ensure_ascii=False) + "\n"
+        write_text(os.path.join(folder, "signature.json"), text)
+    print(f"{show_path(args.output)}: {', '.join(sorted(os.listdir(args.output)))}")
+    return 1 if problems.count else 0
+
+
+def describe(config, args, names, folder):
+    """What a program in any language has to know of the exported model, as a dict for JSON."""
+    import paddle
+
+    from transforms import build_transform
+
+    shape, dtype = input_of(config, args.preprocess)
+    normalization = {"mean": config.DATA.IMAGENET_MEAN, "std": config.DATA.IMAGENET_STD}
+    values = "0 to 255" if args.preprocess else "(value / 255 - mean) / std"
+    packages = ["paddle2onnx", "onnxruntime"] if args.onnx else []
+    return {
+        "model": config.MODEL.NAME,
+        "input": {
+            "name": _INPUT,
+            "type": dtype,
+            "shape": ["batch", *shape[1:]],
+            "axes": "batch, height, width, RGB" if args.preprocess else "batch, RGB, height, width",
+            "values": values,
+        },
+        "before": {
+            "resize_short_side": build_transform(config, train=False).short_side,
+            "interpolation": "bicubic, antialiased (as Pillow)",
+            "center_crop": config.DATA.IMAGE_SIZE,
+            **({} if args.preprocess else {"normalize": normalization}),
+        },
+        "inside": {"normalize": normalization} if args.preprocess else {},
+        "output": {
+            "name": _OUTPUT,
+            "note": "Paddle Inference has a name of its own for this output, the only one",
+            "type": "float32",
+            "shape": ["batch", config.MODEL.NUM_CLASSES],
+            "values": "probabilities of the classes, in the order of `classes`",
+        },
+        "classes": names,
+        "weights_sha256": sha256(args.pretrained),
+        "files_sha256": {n: sha256(os.path.join(folder, n)) for n in sorted(os.listdir(folder))},
+        "versions": {
+            "paddle": paddle.__version__,
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
+
+
+def with_probabilities(live, config, preprocess):
+    """A Layer from what the exported model takes to probabilities [batch, classes]."""
+    import paddle
+
+    from transforms import normalize
+
+    class Exported(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.live = live
+            self.register_buffer("mean", paddle.to_tensor(config.DATA.IMAGENET_MEAN))
+            self.register_buffer("std", paddle.to_tensor(config.DATA.IMAGENET_STD))
+            # Not from around the class, where Paddle 2.6's converter does not look.
+            self.prepare = normalize if preprocess else lambda images, mean, std: images
+            self.softmax = paddle.nn.Softmax()
+
+        def forward(self, images):
+            return self.softmax(self.live(self.prepare(images, self.mean, self.std)))
+
+    model = Exported()
+    model.eval()
+    return model
+
+
+def export_paddle(model, config, preprocess, folder):
+    """Writes a model for Paddle Inference.  Returns its program's path."""
+    import paddle
+
+    shape, dtype = input_of(config, preprocess)
+    spec = paddle.static.InputSpec(shape, dtype, _INPUT)
+    paddle.jit.save(model, os.path.join(folder, "inference"), input_spec=[spec])
+    suffix = ".json" if os.path.exists(os.path.join(folder, "inference.json")) else ".pdmodel"
+    return os.path.join(folder, f"inference{suffix}")
+
+
+def input_of(config, preprocess):
+    """(shape, type) of the exported model's input; None is the batch."""
+    size = config.DATA.IMAGE_SIZE
+    return ([None, size, size, 3], "uint8") if preprocess else ([None, 3, size, size], "float32")
+
+
+def paddle_engine(program):
+    """A function from input to output array, which Paddle Inference computes on the CPU."""
+    from paddle import inference
+
+    options = inference.Config(program, os.path.splitext(program)[0] + ".pdiparams")
+    options.disable_gpu()
+    options.disable_glog_info()
+    predictor = inference.create_predictor(options)
+    (output_name,) = predictor.get_output_names()
+
+    def run(images):
+        predictor.get_input_handle(_INPUT).copy_from_cpu(images)
+        predictor.run()
+        return predictor.get_output_handle(output_name).copy_to_cpu()
+
+    return run
+
+
+def import_onnx():
+    """Raises ConfigError, with the cure, where a package that -onnx needs cannot be imported."""
+    for name in ("paddle2onnx", "onnx", "onnxruntime"):
+        try:
+            # paddle2onnx imports Paddle, which must not be before cli.import_paddle().
+            found = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            found = None
+        if not found:
+            raise ConfigError(
+                f"-onnx needs the package {name}: pip install paddle2onnx==2.1.0 onnxruntime"
+            )
+
+
+def export_onnx(program):
+    """Converts a program to model.onnx beside it, and names its parts.  Returns the path.
+
+    Raises:
+        Failed: paddle2onnx cannot do it.
+    """
+    import onnx
+    import paddle2onnx
+
+    try:
+        # Not its own optimizer, polygraphy, which installs packages while it runs.
+        data = paddle2onnx.export(
+            program,
+            os.path.splitext(program)[0] + ".pdiparams",
+            opset_version=_OPSET,
+            optimize_tool=None,
+        )
+        graph = onnx.load_from_string(data)
+        (output,) = graph.graph.output
+        for node in graph.graph.node:
+            node.output[:] = [_OUTPUT if name == output.name else name for name in node.output]
+        output.name = _OUTPUT
+        for value in (*graph.graph.input, output):
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+        onnx.checker.check_model(graph)
+    except Exception as error:  # of many types
+        raise cli.Failed(f"paddle2onnx cannot convert this model: {error}") from error
+    path = os.path.join(os.path.dirname(program), "model.onnx")
+    with open(path, "wb") as file:
+        file.write(graph.SerializeToString())
+    return path
+
+
+@contextlib.contextmanager
+def quiet():
+    """In here nothing is printed on standard output, which C++ code does for its developers."""
+    sys.stdout.flush()
+    libc, stdout, nothing = ctypes.CDLL(None), os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nothing)
+
+
+def onnx_engine(path):
+    """A function from input to output array, which ONNX Runtime computes on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: it warns of each constant that it folds
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run([_OUTPUT], {_INPUT: images})[0]
+
+
+def compare(model, engines, config, preprocess, paths, problem):
+    """Runs exported models and the live one on images, one by one and in batches.
+
+    Args:
+        model: the live Layer, which takes what the exported ones take.
+        engines: names to functions, from input array to output array.
+
+    Returns:
+        (number of images, names to the largest difference of a probability).
+
+    Raises:
+        Failed: no image could be read.
+    """
+    import numpy as np
+    import paddle
+
+    from transforms import build_batch_transform
+
+    transform = build_batch_transform(config, train=False)
+    count, gaps = 0, dict.fromkeys(engines, 0.0)
+    with contextlib.closing(read_batches(config, paths, problem)) as batches:
+        for _, names, pixels in batches:
+            if not names:
+                continue
+            images = pixels if preprocess else transform(pixels, None)[0]
+            with paddle.no_grad():
+                expected = model(images).numpy()
+            for name, run in engines.items():
+                parts = [(images.numpy(), expected)]
+                if not count:  # a batch of one too
+                    parts.append((images.numpy()[:1], expected[:1]))
+                for part, wanted in parts:
+                    gaps[name] = np.maximum(gaps[name], np.abs(run(part) - wanted).max())
+            count += len(names)
+    if not count:
+        raise cli.Failed("no image could be read: there is nothing to compare with")
+    return count, {name: float(gap) for name, gap in gaps.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(build_parser(), work))
