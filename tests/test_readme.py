@@ -16,6 +16,7 @@ import config
 import main_multi_gpu
 
 README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README_cn.md").read_text()
 
 
 def snippets(language):
@@ -71,14 +72,33 @@ def test_every_flag_and_key_in_the_readme_exists():
     assert keys and keys <= set(config.known_keys()), keys - set(config.known_keys())
 
 
-def test_every_file_and_section_that_the_readme_links_to_exists():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    links += re.findall(r'src="(?!http)([^"]+)"', README)
+@pytest.mark.parametrize("page", [README, CHINESE], ids=["English", "Chinese"])
+def test_every_file_and_section_that_a_page_links_to_exists(page):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", page)
+    links += re.findall(r'src="(?!http)([^"]+)"', page)
     assert links
-    headings = re.findall(r"^#+ (.+)$", README, re.M)
+    headings = re.findall(r"^#+ (.+)$", page, re.M)
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     for link in links:
         assert link[1:] in anchors if link.startswith("#") else (ROOT / link).exists(), link
+
+
+def test_both_pages_show_the_same():
+    def parts(page):
+        prose = re.sub(r"```.*?```", "", page, flags=re.S)
+        code = re.findall(r"`([^`]+)`", prose)
+        table = "".join(re.findall(r"^\|.*$", prose, re.M))
+        return {
+            "code blocks": re.findall(r"```.*?```", page, re.S),
+            "sections": [len(marks) for marks in re.findall(r"^(#+) ", prose, re.M)],
+            "links": sorted(set(re.findall(r"\]\(((?:http|figures)[^)]+)\)", prose))),
+            "commands, flags and keys": sorted(set(code)),
+            "numbers in tables": sorted(re.findall(r"\d[\d.,]*\d", table)),
+        }
+
+    english, chinese = parts(README), parts(CHINESE)
+    for name in english:
+        assert english[name] == chinese[name], name
 
 
 def test_nothing_is_left_to_fill_in():
