@@ -13,6 +13,20 @@ def truncated_normal(std):
     return init.TruncatedNormal(std=std)  # 2.6 cuts off there, and nowhere else
 
 
+def recompute(block, x):
+    """block(x), which the backward pass computes once more instead of keeping what is inside."""
+    # Imported where it is used: fleet takes a second.
+    from paddle.distributed.fleet.utils import recompute
+
+    # Otherwise a parameter's gradient is ready more than once, which DataParallel refuses.
+    return recompute(block, x, use_reentrant=False)
+
+
+def can_recompute():
+    """Whether recompute() works on the current device: Paddle 2.6 needs a GPU for it."""
+    return paddle.get_device() != "cpu" or not paddle.__version__.startswith("2.")
+
+
 def create_accumulators(optimizer, parameters):
     """Makes an optimizer's state now, where Paddle does it at the first step."""
     if optimizer.helper is None:  # 3 makes one here by itself

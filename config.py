@@ -90,6 +90,7 @@ _KEYS = {
     # new: learning rate of a block / that of the next; the head has the whole, the patch embedding
     # the lowest (for fine-tuning; BEiT and MAE take 0.65 to 0.9); None: the same everywhere
     "TRAIN.LAYER_DECAY": _real(None, _ABOVE_0, 1, none=True),
+    "TRAIN.RECOMPUTE": _switch(False),  # new: less memory, a third more computation
     "TRAIN.FREEZE_BACKBONE": _switch(False),  # new: train the head alone
 
     "TRAIN.OPTIMIZER.NAME": _text("AdamW", choices=["AdamW"]),

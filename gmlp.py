@@ -17,7 +17,7 @@ from paddle import nn
 from paddle.nn import functional as F
 from paddle.nn import initializer as init
 
-from compat import truncated_normal
+from compat import recompute, truncated_normal
 
 # The gate's LayerNorm keeps the framework's default epsilon in timm, all others use 1e-6.  Taking
 # 1e-6 there too moves S/16's logits by 7e-6.
@@ -153,6 +153,10 @@ class GMLP(nn.Layer):
         hidden_dim: channels inside a block; even, as the gate halves them.
         dropout: rate after each channel projection.
         drop_path: stochastic-depth rate, the same in every block (as in timm's gMLP).
+
+    Attributes:
+        recompute: whether training keeps of each block its input alone and computes the rest again
+            in the backward pass: less memory, the same gradients.
     """
 
     def __init__(
@@ -175,11 +179,13 @@ class GMLP(nn.Layer):
         )
         self.norm = nn.LayerNorm(dim, epsilon=NORM_EPSILON)
         self.head = linear(dim, num_classes, init.Constant(0.0), init.Constant(0.0))
+        self.recompute = False
 
     def forward_features(self, images):
         """Features before the head, averaged over tokens: [batch, dim]."""
         x = self.patch_embed(images)
-        x = self.mixer_layers(x)
+        for block in self.mixer_layers:
+            x = recompute(block, x) if self.recompute and self.training else block(x)
         return self.norm(x).mean(axis=1)
 
     def forward(self, images):

@@ -15,6 +15,7 @@ import pdparams
 import stop
 import utils
 from checkpoint import WeightsError
+from compat import can_recompute
 from config import ConfigError
 from datasets import EvalSampler, build_dataset, build_loader
 from files import lock, remove_temporary_files, write_text
@@ -291,6 +292,11 @@ def build_model(config):
         model = build_gmlp(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    model.recompute = config.TRAIN.RECOMPUTE
+    if model.recompute and not can_recompute():
+        raise ConfigError(
+            f"TRAIN.RECOMPUTE: Paddle {paddle.__version__} cannot do that on a CPU: take Paddle 3"
+        )
     for name, param in model.named_parameters():
         param.stop_gradient = frozen and not name.startswith("head.")
     return model

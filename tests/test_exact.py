@@ -7,6 +7,7 @@ import pytest
 from program import CONFIG, ROOT, SMALL, flatten, run, run_program, same
 
 import pdparams
+from compat import can_recompute
 
 # Runs in every rank: one evaluation for each list length, batch size and number of workers.
 EVALUATIONS = """
@@ -94,3 +95,16 @@ def test_training_is_bit_identical_with_any_number_of_workers_and_when_repeated(
     for tree in trees[1:]:
         for key in ("model", "model_ema", "optimizer", "best", "step"):
             assert same(tree[key], trees[0][key]), key
+
+
+def test_recomputation_on_two_ranks_gives_the_same_bits(trained, few_digits, tmp_path):
+    opts = {**SMALL, "TRAIN.RECOMPUTE": True}
+    result = run_program("-data_path", few_digits, "-output", tmp_path, "-nprocs", 2, opts=opts)
+    if not can_recompute():
+        result.refused(2, "TRAIN.RECOMPUTE", "take Paddle 3")
+        return
+    result.check()
+    (folder,) = tmp_path.glob("train-*")
+    states = [pdparams.read(path / "last.pdparams") for path in (trained, folder)]
+    assert same(states[0]["model"], states[1]["model"])
+    assert same(states[0]["optimizer"], states[1]["optimizer"])

@@ -11,6 +11,7 @@ from paddle import nn
 from paddle.nn import functional as F
 from program import ROOT, run
 
+from compat import can_recompute
 from gmlp import DropPath, GMLPBlock, build_gmlp
 from model_table import count_multiply_adds, count_parameters
 
@@ -279,3 +280,29 @@ def test_model_table_prints_counts_and_answers_a_wrong_file_in_one_sentence(tmp_
     assert answer.out.splitlines()[-1] == "| small | 438 | 1,544 | 4 | 8 |"
     small.write_text("MODEL: {NUM_CLASSES: 0}\n")
     run([*tool, small]).refused(2, "MODEL.NUM_CLASSES is 0")
+
+
+@pytest.mark.skipif(not can_recompute(), reason="Paddle 2.6 cannot recompute on a CPU")
+def test_recomputation_runs_each_block_twice_and_has_the_same_gradients():
+    config = golden.config_of("tiny")
+    config.MODEL.DROPOUT, config.MODEL.DROPPATH = 0.2, 0.3
+    model = build_gmlp(config)
+    model.head.weight.set_value(paddle.ones_like(model.head.weight).cumsum(1) / 100)
+    model.train()
+    images, runs = paddle.to_tensor(golden.draw_images(32)), []
+    for block in model.mixer_layers:
+        block.register_forward_post_hook(lambda *_: runs.append(1))
+    gradients = []
+    for model.recompute in (False, True):
+        paddle.seed(3)
+        (model(images) ** 2).mean().backward()
+        gradients.append({name: p.grad.numpy().copy() for name, p in model.named_parameters()})
+        model.clear_gradients()
+    assert len(runs) == 3 + 2 * 3
+    for name, expected in gradients[0].items():
+        assert np.abs(expected).max() > 0
+        np.testing.assert_array_equal(gradients[1][name], expected, name)
+    model.eval()
+    runs.clear()
+    model(images)
+    assert len(runs) == 3
