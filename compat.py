@@ -27,6 +27,11 @@ def can_recompute():
     return paddle.get_device() != "cpu" or not paddle.__version__.startswith("2.")
 
 
+def can_compile():
+    """Whether Paddle Inference runs the model with oneDNN here: 2.6.2's GPU wheel crashes."""
+    return paddle.get_device() == "cpu" and not paddle.__version__.startswith("2.")
+
+
 def create_accumulators(optimizer, parameters):
     """Makes an optimizer's state now, where Paddle does it at the first step."""
     if optimizer.helper is None:  # 3 makes one here by itself

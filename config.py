@@ -131,6 +131,9 @@ _KEYS = {
     "KEEP_LAST": _whole(0, 0),  # new: how many Epoch-<n> files to keep, the newest; 0: all
     "REPORT_FREQ": _whole(20, 1),  # batches between reports
     "VALIDATE_FREQ": _whole(1, 1),  # epochs between validations
+    # new: what computes -eval on a CPU: the model's layers, or Paddle Inference in a type; auto:
+    # Paddle Inference in float32 for more than 1,000 images a rank, as it takes seconds to start
+    "CPU_INFERENCE": _text("auto", choices=["auto", "layers", "float32", "bfloat16"]),
     "VISUALDL": _switch(False),  # new: show a training in VisualDL, from its folder's visualdl/
     "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
     "EVAL": _switch(False),  # evaluate only

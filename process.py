@@ -72,6 +72,21 @@ def import_paddle():
     return paddle
 
 
+@contextlib.contextmanager
+def quiet():
+    """In here nothing is printed on standard output, which C++ code does for its developers."""
+    sys.stdout.flush()
+    libc, stdout, nothing = ctypes.CDLL(None), os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nothing)
+
+
 def die_with_parent(parent, number):
     """Has the kernel send this process a signal when its parent ends (on Linux).
 

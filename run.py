@@ -15,15 +15,18 @@ import pdparams
 import stop
 import utils
 from checkpoint import WeightsError
-from compat import can_recompute
+from compat import can_compile, can_recompute
 from config import ConfigError
 from datasets import EvalSampler, build_dataset, build_loader
 from files import lock, remove_temporary_files, write_text
 from gmlp import build_gmlp
+from inference import CompiledModel
 from metrics import to_json
 from process import default_workers, local_ranks, report_folder
 from resample import resample_weights
 from transforms import build_batch_transform
+
+_WORTH_COMPILING = 1000  # images per rank; making an S/16 takes as long as 30 of them
 
 
 class Run:
@@ -252,6 +255,23 @@ class Run:
             bar = utils.progress_bar(batches, len(sampler), title, self.rank)
             return engine.validate(model, bar, transform, self.autocast)
 
+    def compiled_model(self):
+        """The model for an evaluation alone: on a CPU as CPU_INFERENCE says."""
+        kind, images = self.config.CPU_INFERENCE, len(self.val_data) // self.world_size
+        if self.on_gpu or kind == "layers" or (kind == "auto" and images <= _WORTH_COMPILING):
+            return self.model
+        if not can_compile():
+            if kind != "auto":
+                self.log.warning(f"CPU_INFERENCE {kind} needs Paddle 3: the layers compute it")
+            return self.model
+        dtype = "bfloat16" if kind == "bfloat16" else "float32"
+        if dtype == "bfloat16" and not paddle.base.core.supports_bfloat16():
+            self.log.warning("CPU_INFERENCE bfloat16: this CPU has no such instructions: float32")
+            dtype = "float32"
+        self.log.info(f"Paddle Inference computes it in {dtype} (CPU_INFERENCE {kind})")
+        size = self.config.DATA.IMAGE_SIZE
+        return CompiledModel(self.model, [self.config.DATA.IMAGE_CHANNELS, size, size], dtype)
+
     def loader(self, dataset, sampler):
         workers = self.config.DATA.NUM_WORKERS
         if workers < 0:
@@ -261,8 +281,9 @@ class Run:
 
 def evaluate(run):
     """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
+    model = run.compiled_model()
     start = time.perf_counter()
-    scores = run.validate(run.model, "eval")
+    scores = run.validate(model, "eval")
     seconds = time.perf_counter() - start
     path = run.config.MODEL.PRETRAINED
     result = {

@@ -11,6 +11,7 @@ import pytest
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
 import export
+import inference
 import pdparams
 from checkpoint import assign_weights, load_weights
 from config import get_config
@@ -138,13 +139,13 @@ def test_a_user_exports_onnx_and_the_signature_says_how_to_use_it(small, weights
 def test_an_export_that_differs_fails_and_leaves_nothing(
     small, weights, photos, tmp_path, monkeypatch, wrong
 ):
-    own = export.paddle_engine
+    own = inference.load
 
     def engine(program):
         right = own(program)
         return lambda images: right(images) + np.float32(wrong)
 
-    monkeypatch.setattr(export, "paddle_engine", engine)
+    monkeypatch.setattr(inference, "load", engine)
     exported(small, weights, tmp_path / "out", photos).refused(1, "more than 0.0001 off")
     assert list(tmp_path.iterdir()) == []
 

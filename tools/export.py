@@ -23,7 +23,6 @@ Exit status: 0; 1 for a difference or what else failed while running; 2 for what
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -31,6 +30,7 @@ import sys
 from importlib import metadata
 
 import cli
+import process
 from config import ConfigError, get_config, update_config
 from files import new_folder, show_path, write_text
 from pdparams import sha256
@@ -71,17 +71,19 @@ def work(args):
     problems = Problems("export.py")
     paths = find_paths(args.paths, problems)
     cli.import_paddle()
+    import inference
+
     model = with_probabilities(
         load_model(config, args.pretrained, problems.note), config, args.preprocess
     )
     with new_folder(args.output) as folder:
         program = export_paddle(model, config, args.preprocess, folder)
-        engines = {"Paddle Inference": paddle_engine(program)}
+        engines = {"Paddle Inference": inference.load(program)}
         if args.onnx:
-            with quiet():
+            with process.quiet():
                 path = export_onnx(program)
             engines["ONNX Runtime"] = onnx_engine(path)
-        with quiet():
+        with process.quiet():
             count, gaps = compare(model, engines, config, args.preprocess, paths, problems)
         for name, gap in gaps.items():
             print(f"{name}: largest difference of a probability {gap:.1e}, on {count} images")
@@ -166,35 +168,18 @@ def export_paddle(model, config, preprocess, folder):
     """Writes a model for Paddle Inference.  Returns its program's path."""
     import paddle
 
+    from inference import program_in
+
     shape, dtype = input_of(config, preprocess)
     spec = paddle.static.InputSpec(shape, dtype, _INPUT)
     paddle.jit.save(model, os.path.join(folder, "inference"), input_spec=[spec])
-    suffix = ".json" if os.path.exists(os.path.join(folder, "inference.json")) else ".pdmodel"
-    return os.path.join(folder, f"inference{suffix}")
+    return program_in(folder, "inference")
 
 
 def input_of(config, preprocess):
     """(shape, type) of the exported model's input; None is the batch."""
     size = config.DATA.IMAGE_SIZE
     return ([None, size, size, 3], "uint8") if preprocess else ([None, 3, size, size], "float32")
-
-
-def paddle_engine(program):
-    """A function from input to output array, which Paddle Inference computes on the CPU."""
-    from paddle import inference
-
-    options = inference.Config(program, os.path.splitext(program)[0] + ".pdiparams")
-    options.disable_gpu()
-    options.disable_glog_info()
-    predictor = inference.create_predictor(options)
-    (output_name,) = predictor.get_output_names()
-
-    def run(images):
-        predictor.get_input_handle(_INPUT).copy_from_cpu(images)
-        predictor.run()
-        return predictor.get_output_handle(output_name).copy_to_cpu()
-
-    return run
 
 
 def import_onnx():
@@ -242,21 +227,6 @@ def export_onnx(program):
     with open(path, "wb") as file:
         file.write(graph.SerializeToString())
     return path
-
-
-@contextlib.contextmanager
-def quiet():
-    """In here nothing is printed on standard output, which C++ code does for its developers."""
-    sys.stdout.flush()
-    libc, stdout, nothing = ctypes.CDLL(None), os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    try:
-        yield
-    finally:
-        libc.fflush(None)
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.close(nothing)
 
 
 def onnx_engine(path):

@@ -1,0 +1,75 @@
+"""Paddle Inference on a CPU: a saved program as a function, a model behind its own call.
+
+    model = CompiledModel(model, image_shape=[3, 224, 224])
+    logits = model(images)  # as before: [batch, 3, 224, 224] -> [batch, classes]
+
+It fuses what the layers compute one by one, and uses oneDNN.  Logits are within 1e-4 of the layers'
+(in bfloat16 within some percent); the README has what it is worth.  compat.can_compile() says
+whether CompiledModel works here.
+"""
+
+import os
+import tempfile
+
+import paddle
+
+from compat import can_compile
+from process import quiet
+
+
+class CompiledModel:
+    """A model in evaluation mode, which Paddle Inference computes.
+
+    Args:
+        model: a Layer from images to one Tensor; its weights as they are now.
+        image_shape: of one image, without the batch.
+        dtype: "float32", or "bfloat16" for the layers that oneDNN has in it.
+    """
+
+    def __init__(self, model, image_shape, dtype="float32"):
+        model.eval()
+        spec = paddle.static.InputSpec([None, *image_shape], "float32", "images")
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            paddle.jit.save(model, os.path.join(folder, "model"), input_spec=[spec])
+            self._run = load(program_in(folder, "model"), dtype)
+            self(paddle.zeros([1, *image_shape]))  # what it does once, it does now
+
+    def __call__(self, images):
+        return paddle.to_tensor(self._run(images.numpy()))
+
+    def eval(self):
+        """Does nothing: it cannot be in another mode."""
+
+
+def program_in(folder, name):
+    """The path of a program that paddle.jit.save has written; Paddle 2.6 has another suffix."""
+    path = os.path.join(folder, name)
+    return next(path + suffix for suffix in (".json", ".pdmodel") if os.path.exists(path + suffix))
+
+
+def load(program, dtype="float32"):
+    """A function that Paddle Inference computes, from input array to output array.
+
+    Args:
+        program: path of a program with one input and one output; its weights are beside it.
+        dtype: see CompiledModel.
+    """
+    from paddle import inference
+
+    options = inference.Config(program, os.path.splitext(program)[0] + ".pdiparams")
+    options.disable_gpu()
+    options.disable_glog_info()
+    if can_compile():
+        options.enable_mkldnn()  # oneDNN's former name
+        options.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if dtype == "bfloat16":
+        options.enable_mkldnn_bfloat16()
+    predictor = inference.create_predictor(options)
+    (input_name,), (output_name,) = predictor.get_input_names(), predictor.get_output_names()
+
+    def run(array):
+        predictor.get_input_handle(input_name).copy_from_cpu(array)
+        predictor.run()
+        return predictor.get_output_handle(output_name).copy_to_cpu()
+
+    return run

@@ -1,0 +1,94 @@
+"""Evaluation by Paddle Inference: the model's numbers, and when it is used."""
+
+import json
+
+import golden
+import numpy as np
+import paddle
+import pytest
+from program import CONFIG, SMALL, flatten, run_as_rank, run_program
+
+import run
+from compat import can_compile
+from inference import CompiledModel
+
+needs_engine = pytest.mark.skipif(not can_compile(), reason="Paddle 2.6 cannot")
+
+
+@needs_engine
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_compiled_model_gives_timms_logits_for_any_batch(dtype, tolerance):
+    expected = golden.load("tiny")["logits_float64"]
+    images = golden.draw_images(32)
+    compiled = CompiledModel(golden.build("tiny"), [3, 32, 32], dtype)
+    compiled.eval()
+    for count in (2, 1, 2):
+        logits = compiled(paddle.to_tensor(images[:count]))
+        assert isinstance(logits, paddle.Tensor) and logits.dtype == paddle.float32
+        assert np.abs(logits.numpy() - expected[:count]).max() < tolerance * np.abs(expected).max()
+
+
+@needs_engine
+def test_it_keeps_the_weights_that_it_was_made_with():
+    model, images = golden.build("tiny"), paddle.to_tensor(golden.draw_images(32))
+    compiled = CompiledModel(model, [3, 32, 32])
+    before = compiled(images).numpy()
+    model.head.weight.set_value(model.head.weight * 0)
+    assert np.array_equal(compiled(images).numpy(), before)
+
+
+def scores_of(output):
+    (path,) = output.glob("eval-*/eval.json")
+    return json.loads(path.read_text())
+
+
+def evaluate(data, weights, output, kind, ranks=1):
+    return run_program(
+        "-data_path", data, "-output", output, "-eval", "-pretrained", weights, "-nprocs", ranks,
+        opts={**SMALL, "CPU_INFERENCE": kind},
+    ).check()  # fmt: skip
+
+
+@needs_engine
+@pytest.mark.parametrize("kind, ranks, tolerance", [("float32", 2, 1e-6), ("bfloat16", 1, 2e-2)])
+def test_evaluation_gives_the_layers_scores(trained, few_digits, tmp_path, kind, ranks, tolerance):
+    weights, scores = trained / "best_weights.pdparams", {}
+    for each in ("layers", kind):
+        result = evaluate(few_digits, weights, tmp_path / each, each, ranks)
+        assert (f"Paddle Inference computes it in {kind}" in result.out) == (each == kind)
+        assert "OneDNN" not in result.out  # what C++ code prints for its developers
+        scores[each] = scores_of(tmp_path / each)
+    first, second = scores.values()
+    assert first["images"] == second["images"] == 101
+    assert second["loss"] == pytest.approx(first["loss"], abs=tolerance)
+    if kind == "float32":
+        assert (first["acc1"], first["acc5"]) == (second["acc1"], second["acc5"])
+
+
+@pytest.mark.parametrize(
+    "kind, worth, possible, words",
+    [
+        ("auto", 100, True, "computes it in float32 (CPU_INFERENCE auto)"),
+        ("auto", 101, True, None),
+        ("auto", 0, False, None),
+        ("layers", 0, True, None),
+        ("float32", 1000, True, "computes it in float32 (CPU_INFERENCE float32)"),
+        ("bfloat16", 0, False, "CPU_INFERENCE bfloat16 needs Paddle 3: the layers compute it"),
+    ],
+)
+def test_it_is_used_where_asked_for_or_worth_it(
+    trained, few_digits, tmp_path, monkeypatch, kind, worth, possible, words
+):
+    made = []
+    monkeypatch.setattr(run, "_WORTH_COMPILING", worth)
+    monkeypatch.setattr(run, "can_compile", lambda: possible)
+    monkeypatch.setattr(run, "CompiledModel", lambda model, *args: made.append(args) or model)
+    result = run_as_rank(
+        "-data_path", few_digits, "-output", tmp_path, "-eval", "-cfg", CONFIG,
+        "-pretrained", trained / "best_weights.pdparams",
+        "-opts", *flatten({**SMALL, "CPU_INFERENCE": kind}),
+    )  # fmt: skip
+    assert result.status == 0 and scores_of(tmp_path)["images"] == 101
+    assert len(made) == (words is not None and possible)
+    log = "".join(path.read_text() for path in tmp_path.glob("eval-*/log.txt"))
+    assert words in log if words else "Paddle Inference" not in log
