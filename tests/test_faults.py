@@ -162,7 +162,10 @@ def test_a_run_killed_very_often_ends_with_the_bits_of_one_never_killed(
     assert same(checkpoint_of(tmp_path), straight)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status",
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     number, status, straight, few_digits, tmp_path
 ):

@@ -57,9 +57,9 @@ def run_ranks(folder, code, signal_at, ranks=3, before=""):
 @pytest.mark.parametrize(
     "signal_at, steps",
     [
-        ({0: 5, 1: 9, 2: 7}, range(9, 12)),
+        pytest.param({0: 5, 1: 9, 2: 7}, range(9, 12), marks=pytest.mark.slow),
         ({0: 1, 1: 30, 2: 2}, range(10, 13)),  # rank 1 hears of it at the report of step 10
-        ({2: 14}, range(20, 23)),
+        pytest.param({2: 14}, range(20, 23), marks=pytest.mark.slow),
     ],
 )
 def test_all_ranks_stop_after_the_same_step(signal_at, steps, tmp_path):

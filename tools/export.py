@@ -71,6 +71,8 @@ def work(args):
     problems = Problems("export.py")
     paths = find_paths(args.paths, problems)
     cli.import_paddle()
+    if args.onnx:
+        import_paddle2onnx()
     import inference
 
     model = with_probabilities(
@@ -196,6 +198,16 @@ def import_onnx():
             )
 
 
+def import_paddle2onnx():
+    """Raises ConfigError where it does not work with this Paddle (it needs Paddle 3)."""
+    try:
+        import paddle2onnx
+    except Exception as error:  # ValueError, for another Paddle than it wants
+        reason = str(error).split(". ")[0]
+        raise ConfigError(f"-onnx: paddle2onnx cannot be used: {reason}") from None
+    return paddle2onnx
+
+
 def export_onnx(program):
     """Converts a program to model.onnx beside it, and names its parts.  Returns the path.
 
@@ -203,11 +215,10 @@ def export_onnx(program):
         Failed: paddle2onnx cannot do it.
     """
     import onnx
-    import paddle2onnx
 
     try:
         # Not its own optimizer, polygraphy, which installs packages while it runs.
-        data = paddle2onnx.export(
+        data = import_paddle2onnx().export(
             program,
             os.path.splitext(program)[0] + ".pdiparams",
             opset_version=_OPSET,
