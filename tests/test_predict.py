@@ -20,6 +20,7 @@ import engine
 import make_lists
 import pdparams
 import predict
+import sheet
 from checkpoint import assign_weights, load_weights
 from config import get_config
 from datasets import EvalSampler, build_dataset, build_loader
@@ -246,17 +247,17 @@ def test_the_classes_of_make_lists_are_names(predicted, folder, tmp_path):
 
 
 def test_a_sheet_shows_the_images_above_their_classes(predicted, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "_PLOT_IMAGES", 3)
-    names, sheet = tmp_path / "names.txt", tmp_path / "sheet.png"
+    monkeypatch.setattr(sheet, "PLOT_IMAGES", 3)
+    names, picture = tmp_path / "names.txt", tmp_path / "sheet.png"
     names.write_text("".join(f"{word} \u65e5\x07 {'x' * 300}\n" for word in WORDS))
     for default in (None, ImageFont.load_default_imagefont):  # Pillow's before 10.1
         if default:
-            monkeypatch.setattr(predict, "_default_font", lambda fonts, default=default: default())
-        result = predicted("-names", names, "-plot", sheet, folder).check()
-        assert f"{sheet}: has the first 3 images, without 2 more" in result.err
-        with Image.open(sheet) as image:
+            monkeypatch.setattr(sheet, "_default_font", lambda fonts, default=default: default())
+        result = predicted("-names", names, "-plot", picture, folder).check()
+        assert f"{picture}: has the first 3 images, without 2 more" in result.err
+        with Image.open(picture) as image:
             found = np.asarray(image.convert("L"))
-        side, gap = predict._SIDE, predict._GAP
+        side, gap = sheet._SIDE, sheet._GAP
         width, height = side + gap, side + 3 * 20 + 2 * gap  # of a cell
         assert found.shape == (2 * height + gap, 2 * width + gap)
         for label, (x, y) in enumerate([(gap, gap), (gap + width, gap), (gap, gap + height)]):
@@ -268,8 +269,8 @@ def test_a_sheet_shows_the_images_above_their_classes(predicted, folder, tmp_pat
                 assert (text[6 + 20 * line : 26 + 20 * line] < 200).any()
         assert (found[:, -gap:] == 255).all()  # long names are cut
         assert (found[height + gap :, width + gap :] == 255).all()  # there is no fourth image
-        predicted("-plot", sheet, folder).refused(2, f"{sheet}: is there already")
-        sheet.unlink()
+        predicted("-plot", picture, folder).refused(2, f"{picture}: is there already")
+        picture.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my digits", "names.txt"]
 
 
