@@ -1,0 +1,279 @@
+"""tools/benchmark.py: what it asks, in which order, and what it makes of the answers; no timing."""
+
+import json
+import os
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+from program import CONFIG, ROOT, run, run_tool
+
+import benchmark
+import benchmark_plan
+from benchmark_plan import Device, exchange_seconds, image_seconds, plan, step_seconds
+from benchmark_turns import Entry, Group, Worker, make_images, summarize, timing_table
+from cli import Failed
+from config import ConfigError
+
+TOOL = ROOT / "tools" / "benchmark.py"
+# What benchmark_ours.facts counts for S/16 and B/16.
+S16 = {"multiply_adds": 4_392_060_928, "parameters": 19_422_656, "kept_bytes": 145_406_488}
+B16 = {"multiply_adds": 15_720_452_096, "parameters": 73_075_392, "kept_bytes": 289_807_896}
+RTX_3090 = Device(71, 24, 936, 32, 1, 1, 16)
+
+
+def of_seconds(name, role, *seconds, images=None):
+    """An entry that answers with these seconds, one after the other."""
+    answers = iter(seconds)
+    extra = {"images": images} if images else {}
+    return Entry(name, role, lambda: {"seconds": next(answers), **extra})
+
+
+def test_help_and_wrong_flags_answer_without_paddle(tmp_path):
+    (tmp_path / "paddle.py").write_text("raise SystemExit('paddle was imported')")
+    result = run([sys.executable, TOOL, "eval", "-h"], PYTHONPATH=str(tmp_path)).check()
+    assert "-peer PYTHON" in result.out
+    for args, part in (
+        (["eval", "-repetitions", "0"], "0 is not at least 1"),
+        (["eval", "-batch_size", "many"], "invalid whole number value"),
+        (["plan", "-device", "tpu"], "invalid choice: 'tpu'"),
+        (["loader", "-imagse", "3"], "unrecognized arguments"),
+        ([], "COMMAND"),
+    ):
+        run_tool(benchmark, *args).refused(2, part)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "part"),
+    [
+        (["eval", "-cfg", "/gone.yaml"], 2, "/gone.yaml: cannot read"),
+        (["loader", "-data_path", "/gone"], 2, "/gone/val_list.txt: cannot read this image list"),
+        (["start", "-json", "/gone/file"], 2, "/gone/file: cannot be written"),
+        (["start", "-peer", "/gone/python"], 2, "/gone/python"),
+    ],
+)
+def test_what_was_asked_wrongly_is_one_sentence(args, status, part):
+    run_tool(benchmark, *args).refused(status, part)
+
+
+def test_entries_take_turns_and_the_warmup_does_not_count(tmp_path, monkeypatch):
+    order = []
+
+    def entry(name, seconds):
+        def measure():
+            order.append(name)
+            return {"seconds": seconds * (100 if len(order) <= 2 else 1), "images": 10}
+
+        return Entry(name, "ours", measure)
+
+    def fake(bench):
+        bench.measure(Group("a title", [entry("ours", 2.0), entry("timm", 3.0)]))
+
+    monkeypatch.setitem(benchmark.COMMANDS, "start", (fake, "", ("repetitions", "warmup")))
+    path = tmp_path / "result.json"
+    args = ["start", "-repetitions", "3", "-warmup", "1", "-json", path]
+    result = run_tool(benchmark, *args).check()
+    assert order == ["ours", "timm"] * 4
+    data = json.loads(path.read_text())
+    assert set(data) == {"command", "machine", "versions", "results"}
+    assert set(data["machine"]) == {"cpu", "cores", "load before"}
+    (table,) = data["results"]
+    ours, timm = table["rows"]
+    assert ours["seconds"] == [2.0] * 3 and timm["seconds"] == [3.0] * 3
+    assert timm["ratio"] == pytest.approx(1.5)
+    assert (timm["lowest"], timm["highest"], timm["median"]) == (3.0, 3.0, 3.0)
+    assert ours["images_per_second"] == pytest.approx(5)
+    lines = result.out.splitlines()
+    assert lines[2] == "a title"
+    assert lines[4].split() == ["ours", "2.000", "2.000", "to", "2.000", "5.0"]
+    assert lines[5].split() == ["timm", "3.000", "3.000", "to", "3.000", "3.3", "1.50"]
+
+
+def test_a_result_that_failed_leaves_the_old_file(tmp_path, monkeypatch):
+    def fails(bench):
+        raise Failed("it broke")
+
+    monkeypatch.setitem(benchmark.COMMANDS, "start", (fails, "", ()))
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    run_tool(benchmark, "start", "-json", path).refused(1, "it broke")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+
+
+def test_ratios_are_of_the_same_turn_and_of_images():
+    # The machine is twice as slow in the second turn, which a ratio of medians would see.
+    entries = [
+        of_seconds("ours", "ours", 1.0, 2.0, 1.0, images=10),
+        of_seconds("timm", "peer", 2.0, 4.0, 4.0, images=20),
+    ]
+    answers = [[entry.measure() for _ in range(3)] for entry in entries]
+    ours, timm = summarize(Group("", entries), answers)
+    assert ours["ratio"] == 1 and timm["ratio"] == 1  # of 1, 1 and 2
+    assert timm["images_per_second"] == pytest.approx(5)
+
+
+def test_a_table_without_images_has_seconds_alone():
+    entries = [of_seconds("ours", "ours", 0.5), of_seconds("limit", "limit", 0.25)]
+    rows = summarize(Group("", entries), [[entry.measure()] for entry in entries])
+    header, cells = timing_table(rows)
+    assert header[-2:] == ["images/s", "ours / this"]
+    assert [line[-2:] for line in cells] == [["", ""], ["", "0.50"]]
+
+
+def test_a_worker_answers_with_facts_runs_and_errors(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(ROOT / "tools")!r})
+        import benchmark_worker
+
+        def case(wrong):
+            print("a library's remark")
+            def run():
+                if wrong:
+                    raise ValueError("no such\\nluck")
+                return {{"seconds": 1.0}}
+            return run, {{"fact": 7}}
+
+        benchmark_worker.serve({{"versions": lambda: (None, {{"python": "3"}}), "case": case}})
+        """)
+    )
+    worker = Worker("ours", [sys.executable, str(script)], 1)
+    try:
+        assert worker.versions == {"python": "3"}
+        measure = worker.prepare("case", wrong=False)
+        broken = worker.prepare("case", wrong=True)
+        assert measure.facts == {"fact": 7} and measure() == {"seconds": 1.0}
+        with pytest.raises(Failed, match="ours: ValueError: no such luck"):
+            broken()
+        assert measure() == {"seconds": 1.0}
+    finally:
+        worker.close()
+
+
+def test_a_peer_that_ends_or_is_no_program_is_one_sentence():
+    with pytest.raises(Failed, match=r"peer has ended \(exit status 3\)"):
+        Worker("peer", [sys.executable, "-c", "import sys; sys.exit(3)"], 1)
+    with pytest.raises(ConfigError, match="/gone/python cannot be started: No such file"):
+        Worker("peer", ["/gone/python"], 1)
+
+
+def test_images_are_parts_of_real_photographs(tmp_path):
+    paths = make_images(tmp_path, 4)
+    pixels = [np.asarray(Image.open(path)) for path in paths]
+    assert all(image.shape == (375, 500, 3) for image in pixels)
+    assert all(Image.open(path).format == "JPEG" for path in paths)
+    assert len({image.tobytes() for image in pixels}) == 4
+    assert min(image.std() for image in pixels) > 20  # neither noise's lack nor a blank
+
+
+def test_starts_are_measured_for_real(tmp_path):
+    path = tmp_path / "start.json"
+    run_tool(benchmark, "start", "-repetitions", "1", "-warmup", "0", "-json", path).check()
+    (table,) = json.loads(path.read_text())["results"]
+    rows = {row["name"]: row for row in table["rows"]}
+    assert next(iter(rows)) == "main_multi_gpu.py -eval -h"
+    assert all(len(row["seconds"]) == 1 for row in rows.values())
+    assert rows["import gmlp, with Paddle"]["ratio"] > 1  # it is what -h does without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["loader", "-images", 4, "-num_workers", 1, "-batches", 1], ["ours"]),
+        (["eval", "-engines", "layers", "float32"], ["ours, layers", "ours, float32"]),
+        (["train", "-threads", 2], ["ours, 2 rank(s) of 1 thread(s)"]),
+    ],
+)
+def test_every_part_runs_on_the_digits_model(args, names, tmp_path):
+    path = tmp_path / "result.json"
+    turns = ["-repetitions", "1", "-warmup", "0", "-batch_size", "2", "-cfg", CONFIG]
+    run_tool(benchmark, *args, *turns, "-json", path).check()
+    tables = json.loads(path.read_text())["results"]
+    assert [row["name"] for row in tables[0]["rows"]][: len(names)] == names
+    assert all(row["images_per_second"] > 0 for table in tables for row in table["rows"])
+
+
+def test_the_plan_gives_the_rates_that_timm_publishes_for_an_rtx_3090():
+    for model, published in ((S16, 657.63), (B16, 275.97)):
+        assert 1 / sum(image_seconds(model, RTX_3090)) == pytest.approx(published, rel=0.02)
+
+
+def test_an_exchange_is_a_ring_in_each_host_then_one_between_hosts():
+    device = Device(1, 1, 1, link=10, devices=4, network=2, cores=8)
+    assert exchange_seconds(1e9, 1, device) == 0
+    assert exchange_seconds(1e9, 2, device) == pytest.approx(2 * (1 / 2) * 1 / 10)
+    assert exchange_seconds(1e9, 4, device) == pytest.approx(2 * (3 / 4) * 1 / 10)
+    assert exchange_seconds(1e9, 8, device) == pytest.approx(2 * (3 / 4) / 10 + 2 * (1 / 2) / 2)
+
+
+def planned(devices, loader_rate=250, device="a100", **changes):
+    model = {**S16, "kept_bytes_recompute": 15e6, "ema": False, **changes}
+    card = benchmark_plan.DEVICES[device]
+    return plan(model, card, devices, loader_rate, 1_281_167, 4096, 256, 300, False)
+
+
+def test_a_plan_keeps_the_recipes_batch_on_any_number_of_devices():
+    for devices, batch in ((1, (256, 16)), (8, (256, 2)), (64, (64, 1)), (512, (8, 1))):
+        one = planned(devices)
+        assert (one.batch_size, one.accum_iter) == batch
+        hours = 300 * 1_281_167 / one.images_per_second / 3600
+        assert one.hours == pytest.approx(hours)
+    assert planned(8).images_per_second == pytest.approx(8 * planned(1).images_per_second, rel=0.01)
+
+
+def test_a_plan_names_the_bottleneck():
+    assert planned(8).bottleneck == "memory traffic"
+    slow = planned(8, loader_rate=10)
+    assert slow.bottleneck == "loader"
+    assert slow.images_per_second == pytest.approx(128 * 10)  # the host's cores
+    assert slow.cores == pytest.approx(25 * planned(8).cores)  # what a device would need
+    assert planned(512, device="rtx4090").bottleneck == "links"
+    heavy = planned(1, multiply_adds=100 * S16["multiply_adds"])
+    assert heavy.bottleneck == "matrix products"
+
+
+def test_memory_is_state_and_what_passes_keep():
+    model = {**S16, "kept_bytes_recompute": 15e6}
+    device = RTX_3090._replace(kept_share=0.5)
+    state = 16 * S16["parameters"]
+    memory = benchmark_plan.memory_bytes
+    assert memory(model, device, 0) == state
+    assert memory(model, device, 10) == state + 5 * S16["kept_bytes"]
+    assert memory(model, device, 10, recompute=True) == state + 5 * 15e6
+    assert memory(model, device, 0, ema=True) == 20 * S16["parameters"]
+
+
+def test_recomputation_costs_a_third_more():
+    plain, again = (sum(image_seconds(S16, RTX_3090, recompute)) for recompute in (False, True))
+    assert again == pytest.approx(plain * 4 / 3)
+
+
+def test_a_measured_step_tells_the_bandwidth():
+    seconds = sum(step_seconds(S16, RTX_3090, 1, 8).values())
+    bandwidth = benchmark_plan.bandwidth_of(seconds, S16, RTX_3090.peak, 8)
+    assert bandwidth == pytest.approx(RTX_3090.bandwidth)
+
+
+def test_the_counted_facts_fit_together():
+    import benchmark_ours
+    from config import get_config
+    from gmlp import build_gmlp
+    from model_table import count_multiply_adds
+
+    _, facts = benchmark_ours.facts(str(CONFIG))
+    config = get_config(CONFIG)
+    multiply_adds = count_multiply_adds(build_gmlp(config), config.DATA.IMAGE_SIZE)
+    assert facts["multiply_adds"] == multiply_adds
+    # Blocks are alike, so that two of them tell what four keep.
+    assert facts["kept_bytes"] == benchmark_ours._kept_bytes(config)
+    assert facts["kept_bytes_recompute"] < facts["kept_bytes"]
+    assert facts["total_batch"] == 64
+    # The limit has a forward pass's products, and in training three times as many.
+    for train, passes in ((False, 1), (True, 3)):
+        measure, _ = benchmark_ours.products(str(CONFIG), 2, 1, train)
+        assert measure()["flops"] == 2 * 2 * passes * multiply_adds

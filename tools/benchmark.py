@@ -1,0 +1,388 @@
+"""Measure speed and memory on this machine's CPU, beside timm and beside what the CPU can do.
+
+    python tools/benchmark.py loader -peer /path/to/timm/bin/python
+    python tools/benchmark.py eval -peer /path/to/timm/bin/python -json eval.json
+    python tools/benchmark.py train -peer /path/to/timm/bin/python -ranks 1 2
+    python tools/benchmark.py start
+    python tools/benchmark.py memory
+    python tools/benchmark.py plan -device a100
+    python tools/benchmark.py plan -check
+
+Ours, the peer and the limits (Pillow's decoder alone, the model's matrix products alone) are
+measured in turn, one repetition of each after the other, so that what else the machine does hits
+all of them.  A ratio is the median over the turns.  Without -data_path the images are made from the
+photographs of tests/data/images: 500x375 JPEGs.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import benchmark_plan
+import cli
+from benchmark_turns import (
+    DEFAULT_CFG,
+    TOOLS,
+    Bench,
+    Entry,
+    Group,
+    describe_machine,
+    prepare_images,
+)
+from files import new_file
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (function, text, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        for option in (*options, "json"):
+            flag = OPTIONS[option]
+            command.add_argument(f"-{option}", **{**flag, **DEFAULTS.get((name, option), {})})
+    return parser
+
+
+def _count(low):
+    def convert(text):
+        number = int(text)
+        if number < low:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}")
+        return number
+
+    convert.__name__ = "whole number"  # what argparse calls it
+    return convert
+
+
+_positive, _whole = _count(1), _count(0)
+# fmt: off
+OPTIONS = {
+    "json": {"metavar": "FILE", "help": "write the same as data"},
+    "cfg": {"metavar": "YAML", "default": DEFAULT_CFG, "help": "the model (default S/16)"},
+    "peer": {"metavar": "PYTHON", "help": "an interpreter with torch, torchvision, timm, pillow"},
+    "data_path": {"metavar": "DIR", "help": "folder with val_list.txt, for other images"},
+    "images": {"metavar": "N", "type": _positive, "default": 64, "help": "images (default 64)"},
+    "repetitions": {"metavar": "N", "type": _positive, "help": "turns that count (default 7)",
+                    "default": 7},
+    "warmup": {"metavar": "N", "type": _whole, "default": 1, "help": "turns before (default 1)"},
+    "threads": {"metavar": "N", "type": _positive, "help": "threads in all (default: the cores)"},
+    "batch_size": {"metavar": "N", "type": _positive, "help": "images per batch and rank"},
+    "num_workers": {"metavar": "N", "type": _positive, "default": 2,
+                    "help": "loader processes (default 2)"},
+    "batches": {"metavar": "N", "type": _positive, "help": "batches, or steps, per turn"},
+    "ranks": {"metavar": "N", "type": _positive, "nargs": "+", "default": [1, 2],
+              "help": "numbers of ranks (default 1 2)"},
+    "peer_modes": {"metavar": "MODE", "nargs": "+", "default": ["float32", "float32-compiled",
+                   "bfloat16", "bfloat16-compiled"], "choices": ["float32", "float32-compiled",
+                   "bfloat16", "bfloat16-compiled"], "help": "how the peer runs (default: all)"},
+    "engines": {"metavar": "KIND", "nargs": "+", "choices": ["layers", "float32", "bfloat16"],
+                "default": ["float32", "bfloat16", "layers"],
+                "help": "how ours runs, as CPU_INFERENCE (default: all)"},
+    "lines": {"metavar": "N", "type": _positive, "default": 1_281_167,
+              "help": "lines of the image list (default 1281167, ImageNet's)"},
+    "parts": {"metavar": "PART", "nargs": "+", "choices": ["list", "train"],
+              "default": ["list", "train"], "help": "what to measure (default: list train)"},
+    "device": {"metavar": "NAME", "choices": list(benchmark_plan.DEVICES), "default": "a100",
+               "help": f"{', '.join(benchmark_plan.DEVICES)} (default a100)"},
+    "devices": {"metavar": "N", "type": _positive, "nargs": "+", "default": [1, 8, 64, 512],
+                "help": "numbers of devices (default 1 8 64 512)"},
+    "loader_rate": {"metavar": "X", "type": float, "help": "images/s per core (default: measured)"},
+    "epoch_images": {"metavar": "N", "type": _positive, "default": 1_281_167,
+                     "help": "images of an epoch (default 1281167, ImageNet's)"},
+    "total_batch": {"metavar": "N", "type": _positive,
+                    "help": "images per optimizer step (default: the recipe's, LINEAR_SCALED_LR)"},
+    "recompute": {"action": "store_true", "default": None, "help": "plan with TRAIN.RECOMPUTE"},
+    "check": {"action": "store_true", "help": "compare predictions for this CPU with measurement"},
+    **{name: {"metavar": "X", "type": float, "help": text} for name, text in (
+        ("peak", "matrix products of a device, TFLOP/s"),
+        ("memory", "memory of a device, GB"),
+        ("bandwidth", "bandwidth of that memory, GB/s"),
+        ("link", "between devices of a host, GB/s each way"),
+        ("network", "of a host, GB/s each way"),
+        ("cores", "of a host"),
+    )},
+}
+DEFAULTS = {
+    ("loader", "batch_size"): {"default": 32}, ("loader", "batches"): {"default": 16},
+    ("eval", "batch_size"): {"default": 16}, ("eval", "batches"): {"default": 1},
+    ("train", "batch_size"): {"default": 8}, ("train", "batches"): {"default": 1},
+    ("train", "repetitions"): {"default": 5}, ("eval", "repetitions"): {"default": 5},
+    ("memory", "batch_size"): {"default": 8},
+    ("memory", "cfg"): {"default": str(cli.ROOT / "configs" / "gmlp_b16_224.yaml"),
+                        "help": "the model of the training step (default B/16)"},
+}
+# fmt: on
+
+
+def with_peer(worker, name, case, **options):
+    """A list of the peer's entry, empty where there is no peer."""
+    return [Entry(name, "peer", worker.prepare(case, **options))] if worker else []
+
+
+def loader(bench):
+    args, size = bench.args, bench.config.DATA.IMAGE_SIZE
+    lead = 4 * args.num_workers
+    paths = prepare_images(bench, (lead + args.batches) * args.batch_size)
+    ours, peer = bench.ours(1), bench.peer(1)
+    mean = sum(map(os.path.getsize, paths)) / len(paths)
+    print(f"{len(paths)} images of {mean / 1000:.0f} kB on average")
+    common = {"cfg": args.cfg, "folder": bench.folder}
+    limits = [
+        Entry("limit: JPEG decoder", "limit", ours.prepare("decode_alone", paths=paths, draft=0)),
+        Entry(
+            "limit: JPEG decoder, draft",
+            "limit",
+            ours.prepare("decode_alone", paths=paths, draft=size),
+        ),
+    ]
+    for train, what in ((False, "evaluation"), (True, "training (RandAugment)")):
+        timm = {"paths": paths, "size": size, "train": train}
+        entries = [
+            Entry("ours", "ours", ours.prepare("decode", images=len(paths), train=train, **common)),
+            *with_peer(peer, "timm, uint8", "decode", as_float=False, **timm),
+            *with_peer(peer, "timm, float32", "decode", as_float=True, **timm),
+            *limits,
+        ]
+        bench.measure(Group(f"decode + {what} transform, one core", entries))
+        sizes = {"batch_size": args.batch_size, "workers": args.num_workers}
+        sizes.update(lead=lead, batches=args.batches)
+        entries = [
+            Entry("ours", "ours", ours.prepare("loader", train=train, **common, **sizes)),
+            *with_peer(peer, "timm", "loader", **timm, **sizes),
+        ]
+        title = f"loader, {what}: {args.num_workers} workers, batches of {args.batch_size}"
+        bench.measure(Group(f"{title} on the device, normalized", entries))
+
+
+def evaluation(bench):
+    args = bench.args
+    paths = prepare_images(bench, args.batch_size)
+    paths = [paths[i % len(paths)] for i in range(args.batch_size)]
+    ours, peer = bench.ours(), bench.peer()
+    common = {"cfg": args.cfg, "batch_size": args.batch_size}
+    entries = []
+    for kind in args.engines:
+        measure = ours.prepare(
+            "evaluate", folder=bench.folder, batches=args.batches, kind=kind, **common
+        )
+        entries.append(Entry(f"ours, {kind}", "ours", measure))
+    for mode in args.peer_modes:
+        dtype, _, compiled = mode.partition("-")
+        options = {"paths": paths, "batches": args.batches, "dtype": dtype}
+        name = f"timm, {dtype} {compiled or 'eager'}"
+        entries += with_peer(
+            peer, name, "evaluate", compiled=bool(compiled), **options, **bench.timm_model()
+        )
+    entries += product_limits(ours, peer, args, train=False)
+    bench.measure(
+        Group(
+            f"evaluation of {bench.config.MODEL.NAME}, batches of {args.batch_size}, "
+            f"{bench.threads} thread(s)",
+            entries,
+        )
+    )
+
+
+def product_limits(ours, peer, args, train):
+    """Entries of the model's matrix products alone, by both frameworks."""
+    products = ours.prepare(
+        "products", cfg=args.cfg, batch_size=args.batch_size, repeats=args.batches, train=train
+    )
+    options = {"shapes": products.facts["shapes"], "images": args.batch_size}
+    options["repeats"] = args.batches
+    return [
+        Entry("limit: matrix products, Paddle", "limit", products),
+        *(
+            entry._replace(role="limit")
+            for dtype in (["float32"] if train else ["float32", "bfloat16"])
+            for entry in with_peer(
+                peer, f"limit: the same, PyTorch {dtype}", "products", dtype=dtype, **options
+            )
+        ),
+    ]
+
+
+def training(bench):
+    args, threads = bench.args, bench.threads
+    train = bench.config.TRAIN
+    paths = prepare_images(bench, args.batch_size)
+    paths = [paths[i % len(paths)] for i in range(args.batch_size)]
+    common = {"cfg": args.cfg, "folder": bench.folder, "batch_size": args.batch_size}
+
+    def entry(ranks, threads):
+        worker = bench.ours(threads, ranks)
+        name = f"ours, {ranks} rank(s) of {threads} thread(s)"
+        return worker, Entry(name, "ours", worker.prepare("train", steps=args.batches, **common))
+
+    peer = bench.peer()
+    split = [entry(ranks, max(1, threads // ranks)) for ranks in dict.fromkeys(args.ranks)]
+    optimizer = {
+        "lr": 1e-5,
+        "betas": list(train.OPTIMIZER.BETAS),
+        "eps": train.OPTIMIZER.EPS,
+        "weight_decay": train.WEIGHT_DECAY,
+    }
+    timm = with_peer(
+        peer, "timm, float32 eager", "train", paths=paths, steps=args.batches,
+        drop_path=bench.config.MODEL.DROPPATH, optimizer=optimizer, checkpointing=False,
+        **bench.timm_model(),
+    )  # fmt: skip
+    entries = [own for _, own in reversed(split)]
+    entries += [*timm, *product_limits(split[0][0], peer, args, train=True)]
+    title = f"training step of {bench.config.MODEL.NAME}, batches of {args.batch_size} per rank"
+    bench.measure(Group(f"{title}, {threads} core(s)", entries))
+    if len(split) > 1:
+        single = [own for (_, own), ranks in zip(split, args.ranks) if threads // ranks == 1]
+        alone = [] if args.ranks[0] == 1 and threads == 1 else [entry(1, 1)[1]]
+        bench.measure(Group(f"{title}, one thread each", [*alone, *single]))
+
+
+def start(bench):
+    args = bench.args
+    main = str(cli.ROOT / "main_multi_gpu.py")
+    reach = f"import sys; sys.path.insert(0, {str(cli.ROOT)!r}); "
+
+    def entry(name, role, *command):
+        def measure():
+            begin = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True)
+            seconds = time.perf_counter() - begin
+            if done.returncode:
+                raise cli.Failed(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+            return {"seconds": seconds}
+
+        return Entry(name, role, measure)
+
+    python = sys.executable
+    entries = [
+        entry("main_multi_gpu.py -eval -h", "ours", python, main, "-eval", "-h"),
+        entry("import main_multi_gpu", "ours", python, "-c", reach + "import main_multi_gpu"),
+        entry("import gmlp, with Paddle", "ours", python, "-c", reach + "import gmlp"),
+        entry("limit: Python alone", "limit", python, "-c", "pass"),
+    ]
+    if args.peer:
+        code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import benchmark_peer; "
+        code += "benchmark_peer.import_timm()"
+        entries.insert(3, entry("import timm, with PyTorch", "peer", args.peer, "-c", code))
+    bench.measure(Group("start", entries))
+
+
+def memory(bench):
+    args = bench.args
+    if "list" in args.parts:
+        name = "long_list.txt"
+        with open(os.path.join(bench.folder, name), "w") as file:
+            for i in range(args.lines):  # as long as ImageNet's
+                file.write(f"train/n{i % 1000 * 13 + 1440764:08}/n{i % 1000:08}_{i:08}.JPEG 0\n")
+        reading = bench.ours().prepare("image_list", folder=bench.folder, name=name)()
+        worker = bench.ours()
+        grow = worker.prepare(
+            "list_growth", folder=bench.folder, name=name, workers=args.num_workers
+        )
+        growing = grow()
+        rows = {"seconds": reading["seconds"], "added": reading["added"], **growing}
+        cells = [
+            ["reading, seconds", f"{reading['seconds']:.2f}"],
+            ["added by reading, MB", f"{reading['added'] / 1e6:.1f}"],
+            ["growth of a loader worker in an epoch, MB", f"{growing['growth'] / 1e6:.1f}"],
+            ["of that in its second half, MB", f"{growing['late_growth'] / 1e6:.1f}"],
+        ]
+        bench.add(f"a list of {args.lines:,} lines", [rows], ["", "value"], cells)
+    if "train" in args.parts:
+        train_memory(bench)
+
+
+def train_memory(bench):
+    """What a training step adds, each in a process of its own."""
+    args = bench.args
+    paths = prepare_images(bench, args.batch_size)
+    paths = [paths[i % len(paths)] for i in range(args.batch_size)]
+    options = {"cfg": args.cfg, "folder": bench.folder, "batch_size": args.batch_size}
+    rows = []
+    for recompute in (False, True):
+        worker = bench.ours()
+        answer = worker.prepare("step_memory", recompute=recompute, **options)()
+        worker.close()
+        rows.append({"name": "ours" + ", recomputing" * recompute, "added": answer["added"]})
+    optimizer = {"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.05}
+    for checkpointing in (False, True) if args.peer else ():
+        worker = bench.peer()
+        answer = worker.prepare(
+            "step_memory", paths=paths, drop_path=bench.config.MODEL.DROPPATH,
+            optimizer=optimizer, checkpointing=checkpointing, **bench.timm_model(),
+        )()  # fmt: skip
+        worker.close()
+        rows.append({"name": "timm" + ", recomputing" * checkpointing, "added": answer["added"]})
+    first = rows[0]["added"]
+    cells = [
+        [row["name"], f"{row['added'] / 1e6:,.0f}", f"{row['added'] / first:.2f}"] for row in rows
+    ]
+    title = f"added by a training step of {bench.config.MODEL.NAME}, batch {args.batch_size}"
+    bench.add(title, rows, ["", "MB", "of ours"], cells)
+
+
+_TURNS = ("repetitions", "warmup")
+_IMAGES = ("data_path", "images")
+COMMANDS = {
+    "loader": (
+        loader, "images per second of decoding, transforms and the whole loader",
+        ("cfg", "peer", *_IMAGES, "batch_size", "num_workers", "batches", *_TURNS),
+    ),
+    "eval": (
+        evaluation, "evaluation of a model",
+        ("cfg", "peer", *_IMAGES, "batch_size", "batches", "threads", "engines", "peer_modes",
+         *_TURNS),
+    ),
+    "train": (
+        training, "training steps, on one rank and on several",
+        ("cfg", "peer", *_IMAGES, "batch_size", "batches", "threads", "ranks", *_TURNS),
+    ),
+    "start": (start, "seconds until the help text, and of imports", ("peer", *_TURNS)),
+    "memory": (
+        memory, "memory of an image list and of a training step",
+        ("cfg", "peer", "batch_size", "lines", "num_workers", "threads", "parts"),
+    ),
+    "plan": (
+        benchmark_plan.run, "what training would take on other devices",
+        ("cfg", "device", "devices", "peak", "memory", "bandwidth", "link", "network", "cores",
+         "loader_rate", "epoch_images", "total_batch", "batch_size", "recompute", *_IMAGES,
+         "check", *_TURNS),
+    ),
+}  # fmt: skip
+
+
+def work(args):
+    """Runs the subcommand, and writes what it found where -json says."""
+    signal.signal(signal.SIGTERM, cli.leave)  # so that the workers end too
+    with contextlib.ExitStack() as stack:
+        file = None
+        if args.json:  # now, so that what cannot be written fails before minutes of measuring
+            file = stack.enter_context(open(stack.enter_context(new_file(args.json)), "w"))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gmlp-benchmark-"))
+        bench = Bench(args, folder, stack)
+        machine = describe_machine(bench)
+        print(", ".join(f"{key} {value}" for key, value in machine.items()))
+        args.function(bench)
+        for name, versions in bench.versions.items():
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in versions.items()))
+        if file:
+            data = {
+                "command": ["benchmark.py", *sys.argv[1:]],
+                "machine": machine,
+                "versions": bench.versions,
+                "results": bench.results,
+            }
+            json.dump(data, file, indent=2)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(build_parser(), work))
