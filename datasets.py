@@ -6,6 +6,7 @@ relative to the folder, white space, and an integer label.
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import traceback
@@ -347,6 +348,7 @@ def build_loader(dataset, sampler, num_workers, ranks_on_host=1):
 def _start_worker(parent, worker_id):
     # Paddle's workers wait for work without looking whether their parent still lives.
     die_with_parent(parent, signal.SIGKILL)
+    gc.freeze()  # otherwise its first collection writes to, and so copies, the parent's objects
     # Both are the rank's alone, which ends its workers when it is done with them: a terminal sends
     # Ctrl-C, and Paddle's launcher a SIGTERM, to the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,5 +1,6 @@
 """Porting weights: timm's function under PaddleViT's names, and back with the same bits."""
 
+import argparse
 import json
 import sys
 from types import SimpleNamespace
@@ -107,6 +108,13 @@ def test_bfloat16_becomes_float32_with_the_same_values(tiny, tmp_path):
     assert same(bias, (bits["head.bias"] << 16).view("float32")) and bias.dtype == "float32"
 
 
+def test_force_replaces_a_file_that_is_there(tiny, tmp_path):
+    target = tmp_path / "x.pdparams"
+    target.write_text("old")
+    port("-force", tiny, target).check()
+    assert len(pdparams.read(target)) == 36 and list(tmp_path.iterdir()) == [target]
+
+
 def test_strip_keeps_the_averaged_weights_of_a_checkpoint_alone(trained, tmp_path):
     target = tmp_path / "weights.pdparams"
     port("-strip", trained / "last.pdparams", target).check()
@@ -187,33 +195,58 @@ def test_verify_runs_timm_itself(tiny, tmp_path):
     assert "largest difference from timm" in result.out
 
 
-def test_pytorch_files_of_weights_are_read_and_no_others(tiny, tmp_path):
+def test_pytorch_files_of_weights_are_read(tiny, tmp_path):
     torch = pytest.importorskip("torch")
     weights = {name: torch.from_numpy(array) for name, array in load_file(tiny).items()}
-    expected = tmp_path / "expected.pdparams"
-    port(tiny, expected).check()
-    average = {f"module.{name}": tensor for name, tensor in weights.items()}
-    for number, tree in enumerate(
-        (
-            weights,
-            {"state_dict": weights, "epoch": 3},
-            {"state_dict": {}, "state_dict_ema": average},
-        )
+    port(tiny, tmp_path / "x.pdparams").check()
+    expected = pdparams.read(tmp_path / "x.pdparams")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    average = {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}
+    arguments = argparse.Namespace(epochs=3)  # timm's train.py puts its own beside the weights
+    for tree in (
+        weights,
+        {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()},
+        {"state_dict": weights, "epoch": 3, "args": arguments},
+        {"state_dict": zeros, "state_dict_ema": average},
     ):
-        torch.save(tree, tmp_path / "w.pth")
-        port(tmp_path / "w.pth", tmp_path / f"{number}.pdparams").check()
-        assert same(pdparams.read(tmp_path / f"{number}.pdparams"), pdparams.read(expected))
+        torch.save(tree, tmp_path / "w.pth.tar")
+        port("-force", tmp_path / "w.pth.tar", tmp_path / "x.pdparams").check()
+        assert same(pdparams.read(tmp_path / "x.pdparams"), expected)
+    torch.save({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "w.pt")
+    port("-force", tmp_path / "w.pt", tmp_path / "x.pdparams").check()
+    bias = pdparams.read(tmp_path / "x.pdparams")["head.bias"]
+    assert same(bias, weights["head.bias"].bfloat16().float().numpy()) and bias.dtype == "float32"
+
+
+def test_other_pytorch_files_are_refused_and_run_no_code(tiny, tmp_path):
+    torch = pytest.importorskip("torch")
 
     class Hostile:
         def __reduce__(self):
             return open, (str(tmp_path / "opened"), "w")
 
-    for tree in ({"a": Hostile()}, {"a": torch.zeros(1).expand(10**9)}, {"a": 3}, {}):
+    for tree in (
+        {"a": Hostile()},
+        {"a": torch.zeros(1).expand(10**9)},
+        {"a": torch.zeros(3).to_sparse()},
+        {"a": torch.zeros(3, dtype=torch.float8_e4m3fn)},
+        {"a": torch.zeros(3, device="meta")},
+        {"a": 3},
+        {1: torch.zeros(3)},
+        {},
+        [torch.zeros(3)],
+    ):
         torch.save(tree, tmp_path / "w.pth")
         port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ")
     assert not (tmp_path / "opened").exists()
-    (tmp_path / "w.pth").write_bytes(b"PK\x03\x04")
-    port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ")
+    torch.save(
+        {name: torch.from_numpy(a) for name, a in load_file(tiny).items()}, tmp_path / "w.pth"
+    )
+    data = (tmp_path / "w.pth").read_bytes()
+    for size in (0, 4, len(data) // 2, len(data) - 1):
+        (tmp_path / "w.pth").write_bytes(data[:size])
+        port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "no intact PyTorch file")
+    port(tmp_path / "no.pth", tmp_path / "x.pdparams").refused(2, "no.pth: ", "No such file")
 
 
 def test_a_pytorch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):

@@ -148,11 +148,13 @@ def read_torch(path):
             "a .safetensors"
         ) from None
     try:
+        open(path, "rb").close()  # torch.load has OSErrors for what is cut off, too
+    except OSError as error:
+        raise WeightsError(f"{show_path(path)}: cannot be read ({error.strerror})") from None
+    try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # timm's train.py puts its arguments beside the weights
             tree = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{show_path(path)}: cannot be read ({error.strerror})") from None
     except Exception:  # of any type, by what the bytes happen to mean
         raise WeightsError(
             f"{show_path(path)}: is no intact PyTorch file, or holds more than tensors, which "
@@ -163,8 +165,8 @@ def read_torch(path):
             tree = tree[part]
             break
     is_dict = isinstance(tree, dict) and len(tree) > 0
-    if not (is_dict and all(isinstance(tensor, torch.Tensor) for tensor in tree.values())):
-        raise WeightsError(f"{show_path(path)}: holds no weights (parameter names with tensors)")
+    if not (is_dict and all(_is_weight(*item) for item in tree.items())):
+        raise WeightsError(f"{show_path(path)}: holds no weights (names with tensors of floats)")
     # A tensor of one number may claim any shape, all of it that number.
     if sum(tensor.nbytes for tensor in tree.values()) > os.path.getsize(path):
         raise WeightsError(f"{show_path(path)}: claims more than its size: do not use this file")
@@ -173,8 +175,20 @@ def read_torch(path):
         for prefix in _TORCH_PREFIXES:
             name = name.removeprefix(prefix)
         wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        weights[name] = wide.detach().contiguous().numpy()
+        weights[name] = wide.detach().resolve_neg().contiguous().numpy()
     return weights
+
+
+def _is_weight(name, tensor):
+    """Whether this is a parameter that NumPy can have: no sparse, quantized or 8-bit tensor."""
+    import torch
+
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    )
 
 
 def find_model(weights, path):
