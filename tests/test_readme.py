@@ -64,6 +64,9 @@ def test_every_flag_and_key_in_the_readme_exists():
     tools = [importlib.import_module(path.stem) for path in (ROOT / "tools").glob("*.py")]
     parsers = [module.build_parser() for module in (main_multi_gpu, *tools)
                if hasattr(module, "build_parser")]  # fmt: skip
+    for parser in parsers:  # which grows by the parsers of subcommands
+        choices = [action.choices for action in parser._actions if not action.option_strings]
+        parsers += [each for some in choices if isinstance(some, dict) for each in some.values()]
     actions = (action for parser in parsers for action in parser._actions)
     flags = {option for action in actions for option in action.option_strings}
     shown = set(re.findall(r"(?<![\w-])(-[a-z_]{3,})(?=[= `\n])", README))
