@@ -41,7 +41,7 @@ for attempt in range(2):
     model = paddle.hub.load({str(ROOT)!r}, "gmlp_ti16_224", source="local",
                             pretrained={str(published)!r})
 import utils
-assert (config.own, utils.own) == ("config", "utils")
+assert (config.own, utils.own, sys.modules["config"]) == ("config", "utils", config)
 assert [n for n in ("checkpoint", "gmlp", "hubconf") if n in sys.modules] == [], sys.modules.keys()
 assert {str(ROOT)!r} not in sys.path, sys.path
 model.eval()
@@ -64,10 +64,16 @@ def test_it_is_timms_function(published):
 
 
 def test_other_classes_and_sizes(published):
-    with pytest.warns(UserWarning, match="resampled|starts anew"):
+    with pytest.warns(UserWarning, match="resampled") as seen:
         model = hub_load("gmlp_ti16_224", pretrained=str(published), num_classes=7, image_size=64)
+    assert any("starts anew" in str(warning.message) for warning in seen)
     model.eval()
     assert model(paddle.zeros([1, 3, 64, 64])).shape == [1, 7]
+
+
+@pytest.mark.parametrize("name, dim", zip(MODELS, (512, 256, 128)))
+def test_each_name_is_its_own_model(name, dim):
+    assert hub_load(name, num_classes=2, image_size=32).head.weight.shape == [dim, 2]
 
 
 @pytest.mark.parametrize(

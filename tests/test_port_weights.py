@@ -55,7 +55,10 @@ def test_a_user_ports_timms_weights_and_the_model_is_timms(tiny, tmp_path):
     with paddle.no_grad():
         logits = model(paddle.to_tensor(draw_images(32)).astype("float64"))
     assert np.abs(logits.numpy() - load("tiny")["logits_float64"]).max() < 1e-10
-    assert paddle.load(str(target)).keys() == build("tiny").state_dict().keys()
+    assert [*paddle.load(str(target))] == [*build("tiny").state_dict()]
+    back = tmp_path / "back.safetensors"
+    port(target, back).check()
+    assert back.read_bytes() == tiny.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -65,7 +68,8 @@ def test_a_user_ports_timms_weights_and_the_model_is_timms(tiny, tmp_path):
         {},
         {"DATA.IMAGE_SIZE": 30, "MODEL.MIXER.PATCH_SIZE": 6, "MODEL.MIXER.DEPTH": 1},
         {"DATA.IMAGE_CHANNELS": 1, "MODEL.NUM_CLASSES": 2, "MODEL.MIXER.MLP_RATIO": 2.5},
-        {"MODEL.MIXER.EMBED_DIM": 6, "MODEL.MIXER.MLP_RATIO": 38 / 6, "DATA.IMAGE_SIZE": 4},
+        # int(11 * (30 / 11)) is 29
+        {"MODEL.MIXER.EMBED_DIM": 11, "MODEL.MIXER.MLP_RATIO": 2.73, "DATA.IMAGE_SIZE": 4},
     ],
     ids=["as timm's", "one block", "gray", "odd ratio"],
 )
@@ -91,6 +95,15 @@ def test_there_and_back_has_the_same_bits(sizes, dtype, tmp_path):
     back = pdparams.read(end)
     assert same(back, weights) and {array.dtype.name for array in back.values()} == {dtype}
     model_of(result, end)  # the printed flags are those of this model
+
+
+@pytest.mark.parametrize("name", ["gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224"])
+def test_a_model_that_has_a_config_is_described_by_it_alone(name):
+    words = f"-cfg configs/{name}.yaml"
+    config = get_config(str(ROOT / words.split()[1]))
+    assert port_weights.describe(config) == words
+    config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES = 320, 7
+    assert port_weights.describe(config) == f"{words} -image_size 320 -num_classes 7"
 
 
 def test_bfloat16_becomes_float32_with_the_same_values(tiny, tmp_path):
@@ -227,7 +240,6 @@ def test_other_pytorch_files_are_refused_and_run_no_code(tiny, tmp_path):
 
     for tree in (
         {"a": Hostile()},
-        {"a": torch.zeros(1).expand(10**9)},
         {"a": torch.zeros(3).to_sparse()},
         {"a": torch.zeros(3, dtype=torch.float8_e4m3fn)},
         {"a": torch.zeros(3, device="meta")},
@@ -239,9 +251,10 @@ def test_other_pytorch_files_are_refused_and_run_no_code(tiny, tmp_path):
         torch.save(tree, tmp_path / "w.pth")
         port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ")
     assert not (tmp_path / "opened").exists()
-    torch.save(
-        {name: torch.from_numpy(a) for name, a in load_file(tiny).items()}, tmp_path / "w.pth"
-    )
+    weights = {name: torch.from_numpy(array) for name, array in load_file(tiny).items()}
+    torch.save({**weights, "a": torch.zeros(1).expand(10**6)}, tmp_path / "w.pth")
+    port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "claims more than its size")
+    torch.save(weights, tmp_path / "w.pth")
     data = (tmp_path / "w.pth").read_bytes()
     for size in (0, 4, len(data) // 2, len(data) - 1):
         (tmp_path / "w.pth").write_bytes(data[:size])
