@@ -152,6 +152,10 @@ def check_weights(model, weights, path, allow_new_head=False):
         for name, array in weights.items()
         if array.dtype.kind != "f"
     ]
+    if any(name.startswith(("stem.proj.", "blocks.")) for name in weights):
+        raise NotThisModel(
+            f"{path}: these are weights in timm's names: tools/port_weights.py makes a .pdparams"
+        )
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise NotThisModel(

@@ -50,6 +50,12 @@ def run(parser, work, argv=None):
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:  # Paddle's too
+        print(
+            f"{parser.prog}: there is not enough memory: take a smaller -batch_size or -image_size",
+            file=sys.stderr,
+        )
+        return 1
     except (Failed, OSError, *_user_errors()) as error:
         print(f"{parser.prog}: {process.describe_error(error)}", file=sys.stderr)
         asked_wrongly = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)

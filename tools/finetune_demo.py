@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def build_parser():
 
 def work(args):
     """Runs the demo that the arguments ask for."""
+    signal.signal(signal.SIGTERM, cli.leave)  # so that the run that is on ends too
     for flag in ("epochs", "pretrain_epochs"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"-{flag} is {getattr(args, flag)}, it must be at least 1")
@@ -100,7 +102,13 @@ def train(output, name, seed, classes, epochs, data, words):
     # Paths are those of the folder where the tool was started.
     command[:4] = [sys.executable, cli.ROOT / command[1], "-cfg", cli.ROOT / _CONFIG]
     with open(output / f"{name}.txt", "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            status = run.wait()
+        finally:  # SIGTERM or Ctrl-C to this tool: the run ends in good order too
+            if run.poll() is None:
+                run.terminate()
+                run.wait()
     if status:
         raise cli.Failed(f"{output / name}.txt: the run ended with exit status {status}; see there")
     (folder,) = (output / name).glob("train-*")

@@ -159,7 +159,7 @@ def draw(plt, filters, layers, tokens, name):
     title = (
         f"{name}: filters of tokens (row, column) of {side} x {side}; red +, blue \N{MINUS SIGN}"
     )
-    figure.suptitle(title, fontsize=11, color=_INK)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11, color=_INK)
     for row, layer in enumerate(layers):
         for column, token in enumerate(tokens):
             axis = axes[row][column]

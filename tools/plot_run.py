@@ -272,7 +272,7 @@ def add_legends(plt, figure, axes, runs, names):
                     line.set_color(_INK)
     best = []
     for number, (run, name) in enumerate(zip(runs, names)):
-        text = name
+        text = name.replace("$", r"\$")  # which begins a formula
         for weights in weights_of(run)[-1:]:  # EMA's are the ones to use
             value, epoch = best_of(run, weights)
             text += f": best Acc@1 {value:.2f} in epoch {-epoch}"

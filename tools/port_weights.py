@@ -241,15 +241,16 @@ def _ratio(hidden, dim):
 def describe(config):
     """The flags that build a model of this config's sizes."""
     mixer, sizes = dict(config.MODEL.MIXER), {}
-    for path in sorted((cli.ROOT / "configs").glob("*_224.yaml")):
-        known = get_config(str(path))
-        if dict(known.MODEL.MIXER) == mixer:
-            break
-    else:  # the last one, with these changed
+    configs = [get_config(str(path)) for path in sorted((cli.ROOT / "configs").glob("*.yaml"))]
+    alike = [each for each in configs if dict(each.MODEL.MIXER) == mixer]
+    # Of several the one for images of this size, such as of the digits' two.
+    alike.sort(key=lambda each: each.DATA.IMAGE_SIZE != config.DATA.IMAGE_SIZE)
+    known = (alike or configs)[0]
+    if not alike:
         sizes = {f"MODEL.MIXER.{key}": value for key, value in mixer.items()}
     if config.DATA.IMAGE_CHANNELS != known.DATA.IMAGE_CHANNELS:
         sizes["DATA.IMAGE_CHANNELS"] = config.DATA.IMAGE_CHANNELS
-    words = [f"-cfg configs/{path.name}"]
+    words = [f"-cfg configs/{known.MODEL.NAME}.yaml"]
     if config.DATA.IMAGE_SIZE != known.DATA.IMAGE_SIZE:
         words.append(f"-image_size {config.DATA.IMAGE_SIZE}")
     if config.MODEL.NUM_CLASSES != known.MODEL.NUM_CLASSES:

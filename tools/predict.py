@@ -280,13 +280,13 @@ def load_model(config, path, note):
         )
     model = build_model(config)
     weights, side = resample_weights(weights, model.patch_embed.num_tokens, path)
+    checkpoint.assign_weights(model, weights, path)
     if side:
         pixels = side * config.MODEL.MIXER.PATCH_SIZE
         note(
             f"{path}: these weights are for images of {pixels} pixels, and are resampled for "
             f"{config.DATA.IMAGE_SIZE}"
         )
-    checkpoint.assign_weights(model, weights, path)
     model.eval()
     return model
 

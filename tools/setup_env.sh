@@ -19,6 +19,19 @@ sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[2:]))
 END
 }
 
+has_paddle() {  # has_paddle PYTHON: the wheel that PADDLE names, or any where it names none?
+    if [ -z "${PADDLE:-}" ]; then
+        has_modules "$1" paddle
+    else
+        "$1" - "$PADDLE" <<'END_OF_CODE' 2>/dev/null
+import sys
+from importlib import metadata
+name, _, version = sys.argv[1].partition("==")
+sys.exit(version not in ("", metadata.version(name)))
+END_OF_CODE
+    fi
+}
+
 is_supported() {  # is_supported PYTHON: a version that Paddle has wheels for?
     "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
@@ -54,7 +67,7 @@ install_paddle() {  # install_paddle PYTHON
 
 make_venv() {  # make_venv BASE_PYTHON FOLDER REQUIREMENTS: fills FOLDER, which may be half done
     system=
-    if has_modules "$1" paddle; then
+    if has_paddle "$1"; then
         system=--system-site-packages  # keeps the active Python's Paddle; only the rest is installed
     fi
     if ! "$1" -m venv $system "$2"; then
@@ -67,7 +80,7 @@ make_venv() {  # make_venv BASE_PYTHON FOLDER REQUIREMENTS: fills FOLDER, which 
     PIP_DISABLE_PIP_VERSION_CHECK=1
     PIP_PROGRESS_BAR=off
     export PIP_DISABLE_PIP_VERSION_CHECK PIP_PROGRESS_BAR
-    has_modules "$2/bin/python" paddle || install_paddle "$2/bin/python" >&2 || return 1
+    has_paddle "$2/bin/python" || install_paddle "$2/bin/python" >&2 || return 1
     "$2/bin/python" -m pip install -r "$3" >&2
 }
 
@@ -77,10 +90,10 @@ setup_env() {  # setup_env REQUIREMENTS MODULE...
     set -- paddle numpy yaml yacs PIL tqdm safetensors "$@"
     venv=${VENV:-$here/.venv}
     base=$(find_python) || return 1
-    if has_modules "$base" "$@"; then
+    if has_modules "$base" "$@" && has_paddle "$base"; then
         PYTHON=$base
     else
-        if ! has_modules "$venv/bin/python" "$@"; then
+        if ! { has_modules "$venv/bin/python" "$@" && has_paddle "$venv/bin/python"; }; then
             make_venv "$base" "$venv" "$requirements" || return 1
         fi
         PYTHON=$venv/bin/python

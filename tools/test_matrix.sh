@@ -2,7 +2,8 @@
 # Runs the tests on the oldest and newest Python of each Paddle that is supported, one after another:
 #   sh tools/test_matrix.sh [ARGUMENTS OF PYTEST]
 # Interpreters are looked for by name (python3.9, ...); one that is missing is said and left out.
-# Environments are made in .venv-<Paddle>-<Python>, logs beside them.  Exit status 1 if any failed.
+# Environments are made in .venv-<Paddle>-<Python>, logs beside them.  Exit status 1 if any failed or
+# was left out.
 set -u
 here=$(cd "$(dirname "$0")/.." && pwd)
 status=0
@@ -15,6 +16,7 @@ for pair in "paddlepaddle==3.3.1 3.9" "paddlepaddle==3.3.1 3.13" \
     if ! "${python:-false}" -c ""; then
         summary="$summary$paddle, Python $version: no python$version found
 "
+        status=1
         continue
     fi
     venv=$here/.venv-${paddle##*=}-$version
