@@ -28,7 +28,8 @@ _DOC = """
 
     Returns:
         A paddle.nn.Layer in training mode: float images [batch, 3, image_size, image_size],
-        normalized with mean and std 0.5, to logits [batch, num_classes].
+        normalized with mean and std 0.5, to logits [batch, num_classes].  Save its state_dict():
+        the Layer itself cannot be pickled, as its modules are not the caller's.
 
     Raises:
         ValueError: these are not this model's weights, or there is no such model; says what to do.
@@ -74,11 +75,12 @@ def _load(name, pretrained, num_classes, image_size):
         weights = checkpoint.load_weights(pretrained)
         tokens = model.patch_embed.num_tokens
         weights, side = resample.resample_weights(weights, tokens, pretrained)
+        has_new_head = checkpoint.assign_weights(model, weights, pretrained, allow_new_head=True)
         if side:
             warnings.warn(
                 f"{pretrained}: resampled for images of {image_size} pixels", stacklevel=4
             )
-        if checkpoint.assign_weights(model, weights, pretrained, allow_new_head=True):
+        if has_new_head:
             warnings.warn(
                 f"{pretrained}: its head is not for {num_classes} classes: the head starts anew",
                 stacklevel=4,

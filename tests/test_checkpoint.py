@@ -316,3 +316,9 @@ def test_candidates_are_training_checkpoints_newest_first(tmp_path):
     (tmp_path / "eval-a" / "x.pdparams").touch()
     found = [os.path.relpath(path, tmp_path) for path in checkpoint.candidates(str(tmp_path))]
     assert found == ["train-b/last.pdparams", "train-a/Epoch-3.pdparams", "train-a/best.pdparams"]
+
+
+def test_weights_in_timms_names_are_answered_with_the_tool_that_ports_them():
+    weights = {"stem.proj.weight": np.zeros([16, 3, 4, 4], "float32")}
+    with pytest.raises(checkpoint.NotThisModel, match=r"timm's names: tools/port_weights\.py"):
+        checkpoint.assign_weights(make_model(), weights, "w")

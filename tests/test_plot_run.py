@@ -241,3 +241,9 @@ def test_help_and_wrong_flags_are_answered_without_paddle(metrics, tmp_path):
         assert flag in help_text
     run([*command, metrics], **path).refused(2, "-output")
     run([*command, metrics, "-output", "a.pdf"], **path).refused(2, "a.pdf", ".png or .svg")
+
+
+def test_a_dollar_in_a_name_begins_no_formula(metrics, tmp_path):
+    output = tmp_path / "a.svg"
+    assert called(metrics, metrics, "-output", output, "-names", "a$x^$", "b") == 0
+    assert "a$x^$" in output.read_text()

@@ -337,3 +337,11 @@ def test_weights_that_give_no_numbers_are_an_error(model, folder, tmp_path):
     result = run_tool(predict, *model[:3], tmp_path / "nan.pdparams", folder)
     result.refused(1, f"{folder}/0/digit.png: the model's outputs for it are not finite")
     assert result.out == ""
+
+
+def test_too_little_memory_is_a_sentence(predicted, folder, monkeypatch):
+    def full(*args):
+        raise MemoryError("(ResourceExhausted)")
+
+    monkeypatch.setattr(predict, "load_model", full)
+    predicted(folder).refused(1, "not enough memory", "-batch_size")

@@ -136,3 +136,15 @@ def test_the_demo_reaches_its_accuracy_twice_in_a_row(tmp_path):
         assert acc1.startswith("Acc@1 ") and float(acc1.split()[1]) >= 95.0
         assert outputs.startswith("outputs: ") and "run_eval_multi.sh" in following
     assert len(os.listdir(folder / "output")) == 2
+
+
+@pytest.mark.parametrize("version, fits", [("3.3.1", True), ("2.6.2", False), (None, True)])
+def test_the_paddle_that_is_asked_for_is_the_one_that_is_used(tmp_path, version, fits):
+    site = tmp_path / "site" / "paddlepaddle-3.3.1.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: paddlepaddle\nVersion: 3.3.1\n")
+    (tmp_path / "site" / "paddle.py").touch()
+    code = f'. "{ROOT}/tools/setup_env.sh"; has_paddle "{sys.executable}"'
+    paddle = version and f"paddlepaddle=={version}"
+    result = run(["sh", "-c", code], PADDLE=paddle, PYTHONPATH=str(tmp_path / "site"))
+    assert (result.status == 0) == fits, result

@@ -268,13 +268,16 @@ def compare(model, engines, config, preprocess, paths, problem):
     """
     import numpy as np
     import paddle
+    from tqdm import tqdm
 
     from transforms import build_batch_transform
 
     transform = build_batch_transform(config, train=False)
     count, gaps = 0, dict.fromkeys(engines, 0.0)
-    with contextlib.closing(read_batches(config, paths, problem)) as batches:
-        for _, names, pixels in batches:
+    bar = tqdm(total=len(paths), leave=False, unit="image", disable=not sys.stderr.isatty())
+    with bar, contextlib.closing(read_batches(config, paths, problem)) as batches:
+        for tried, names, pixels in batches:
+            bar.update(tried)
             if not names:
                 continue
             images = pixels if preprocess else transform(pixels, None)[0]
