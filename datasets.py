@@ -164,7 +164,10 @@ def _read_rgb(path):
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise DataError("its pixels have 32 bits, and no known black and white")
-                return image.convert("RGB")
+                if image.mode != "RGB":  # most images are, and need no copy
+                    return image.convert("RGB")
+                image.load()
+                return image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
                 f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: shrink it, or take it off "

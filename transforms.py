@@ -60,7 +60,7 @@ class EvalTransform:
             box = (left - before, 0, right - before, below - above)
             rows = image.resize((size, below - above), BICUBIC, box=box)
         box = (0, top - above, size, bottom - above)
-        return np.array(rows.resize((size, size), BICUBIC, box=box))
+        return np.asarray(rows.resize((size, size), BICUBIC, box=box))
 
     def _resized(self, side, short):
         """A side when resized, and where the centre crop begins on it, rounded as torchvision."""
@@ -121,7 +121,7 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augment is not None:
             image = self.augment(image, rng)
-        return np.array(image)
+        return np.asarray(image)
 
 
 def build_transform(config, train):

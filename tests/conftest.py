@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-# Before Paddle is imported: it reads the variable once, and takes one thread where it is unset.
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 from program import SMALL, run_program  # noqa: E402
 
-from process import REPORT_PIPE  # noqa: E402
+from process import REPORT_PIPE, prepare_cpu  # noqa: E402
+
+prepare_cpu(ranks=1)  # before any test imports Paddle
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ EVALUATIONS = """
 import itertools, json, sys
 from types import SimpleNamespace
 import process
-process.set_threads(process.local_ranks())
+process.prepare_cpu(process.local_ranks())
 from config import get_config, update_config
 from datasets import build_dataset
 from run import Run

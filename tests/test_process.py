@@ -2,8 +2,12 @@
 
 import io
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
+from program import ROOT
 
 import process
 
@@ -51,7 +55,7 @@ def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, alread
     monkeypatch.setenv("OMP_NUM_THREADS", already or "")
     if already is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    process.set_threads(ranks)
+    process.prepare_cpu(ranks)
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
@@ -91,3 +95,43 @@ def test_loader_workers_are_shared_out_from_the_cores(
     monkeypatch.setattr(process, "available_cores", lambda: cores)
     environment(PADDLE_LOCAL_SIZE=str(ranks))
     assert process.default_workers(on_gpu) == workers
+
+
+@pytest.mark.parametrize(
+    ("cpu", "already", "kernels"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 fma\n", None, "5"),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 fma\n", "4", "4"),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx fma\n", None, None),  # it has no AVX2
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx avx2 fma\n", None, None),
+        (None, None, None),  # not Linux
+    ],
+)
+def test_mkl_is_told_of_avx2_on_amd_alone(monkeypatch, cpu, already, kernels):
+    def fake_open(path, *args, **kwargs):
+        if cpu is None or path != "/proc/cpuinfo":
+            raise FileNotFoundError(path)
+        return io.StringIO(cpu)
+
+    monkeypatch.setattr(process, "open", fake_open, raising=False)
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", already or "")
+    if already is None:
+        monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
+    process.prepare_cpu(1)
+    assert os.environ.get("MKL_DEBUG_CPU_TYPE") == kernels
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is asked")
+def test_a_large_block_that_was_freed_is_used_again_without_the_kernel():
+    code = (
+        "import ctypes, resource, sys; sys.path.insert(0, sys.argv[1]); import process\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
+        "def pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    block = ctypes.c_void_p(libc.malloc(50 << 20))\n"
+        "    ctypes.memset(block, 1, 50 << 20); libc.free(block)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "process.prepare_cpu(1); pages(); print(pages())\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert int(answer.stdout) < 100, answer.stderr  # of 12,800

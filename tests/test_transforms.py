@@ -219,6 +219,45 @@ def test_operators_have_timms_pixels(key):
     assert np.array_equal(pixels(result), AUGMENTED[key])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (40, 30), (7, 100), (224, 224)])
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateXRel", "TranslateYRel"])
+def test_what_slides_along_an_axis_has_the_pixels_of_pillows_transform(name, size):
+    rng = np.random.default_rng(size)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for level in (0, 2.5, 10, *rng.uniform(0, 10, 5)):
+        for sign in (1, -1):
+            value = sign * level / 10 * (0.3 if "Shear" in name else 0.45)
+            matrix = {
+                "ShearX": (1, value, 0, 0, 1, 0),
+                "ShearY": (1, 0, 0, value, 1, 0),
+                "TranslateXRel": (1, 0, value * size[0], 0, 1, 0),
+                "TranslateYRel": (1, 0, 0, 0, 1, value * size[1]),
+            }[name]
+            expected = image.transform(
+                size, Image.Transform.AFFINE, matrix, augment.BICUBIC, fillcolor=augment.GRAY
+            )
+            result = augment.apply_op(image, name, level, sign)
+            assert np.array_equal(pixels(result), pixels(expected)), (level, sign)
+
+
+def test_rows_that_slide_out_of_the_image_leave_it_gray():
+    assert (pixels(augment._slide(small_image(40, 70), 0, 40)) == 128).all()
+    # The upper half of the rows stays, in part; the lower is 40 pixels and more away.
+    moved = pixels(augment._slide(small_image(40, 70), 40 / 35, 0))
+    assert (moved[35:] == 128).all() and (moved[:30] != 128).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 9), (9, 2), (3, 3), (224, 224)])
+def test_sharpness_has_the_pixels_of_pillows_enhancer(size):
+    rng = np.random.default_rng(size)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for level in (0, 3.3, 10):
+        factor = 0.1 + level / 10 * 1.8
+        expected = ImageEnhance.Sharpness(image).enhance(factor)
+        result = augment.apply_op(image, "Sharpness", level)
+        assert np.array_equal(pixels(result), pixels(expected))
+
+
 @pytest.mark.parametrize("name", sorted(augment.OPERATORS))
 def test_operators_take_any_level_and_leave_the_original_alone(name):
     image = small_image()
