@@ -69,6 +69,14 @@ def rows(result):
     return [json.loads(line) for line in result.out.splitlines()]
 
 
+def labels(row):
+    return [(choice["label"], choice["name"], choice["synset"]) for choice in row["top"]]
+
+
+def probabilities(row):
+    return [choice["probability"] for choice in row["top"]]
+
+
 def in_folder(folder):
     return [f"{folder}/{label}/digit.png" for label in range(5)]
 
@@ -91,7 +99,7 @@ def test_the_probabilities_are_those_of_the_evaluation(model, predicted, few_dig
     assert [row["path"] for row in found] == paths and len(paths) == 101
     for row, wanted in zip(found, expected):
         labels = [choice["label"] for choice in row["top"]]
-        values = [choice["probability"] for choice in row["top"]]
+        values = probabilities(row)
         assert np.array_equal(np.float32(values), wanted[labels])
         assert sorted(labels) == list(range(10)) and values == sorted(values, reverse=True)
     right = sum(row["top"][0]["label"] == label for row, label in zip(found, data.images.labels))
@@ -150,7 +158,7 @@ def test_odd_file_names_survive_in_every_format(predicted, folder, tmp_path):
 
 
 def test_a_broken_image_is_named_and_the_others_are_predicted(predicted, folder):
-    whole = predicted("-format", "jsonl", "-batch_size", 2, folder).check().out.splitlines()
+    whole = rows(predicted("-format", "jsonl", "-batch_size", 2, folder).check())
     for workers in (0, 2):
         (folder / "1" / "digit.png").write_bytes(b"no image")
         (folder / "4" / "digit.png").write_bytes((folder / "3" / "digit.png").read_bytes()[:-90])
@@ -159,7 +167,12 @@ def test_a_broken_image_is_named_and_the_others_are_predicted(predicted, folder)
         args = ["-format", "jsonl", "-batch_size", 2, "-num_workers", workers]
         result = predicted(*args, folder)
         assert result.status == 1
-        assert result.out.splitlines() == [whole[0], whole[2], whole[3]]
+        # An image alone in its batch takes other kernels: equal to rounding, not to the bit.
+        found, expected = rows(result), [whole[0], whole[2], whole[3]]
+        assert [row["path"] for row in found] == [row["path"] for row in expected]
+        for row, wanted in zip(found, expected):
+            assert labels(row) == labels(wanted)
+            assert probabilities(row) == pytest.approx(probabilities(wanted), rel=1e-4)
         first, second, third, fourth = result.err.splitlines()
         assert f"cannot read {folder}/2/dead.jpg: this link leads nowhere" in first + second
         assert f"cannot read {folder}/2/pipe.jpg: this is neither a file" in first + second
