@@ -27,7 +27,6 @@ import importlib.util
 import json
 import os
 import sys
-import warnings
 from importlib import metadata
 
 import cli
@@ -175,9 +174,7 @@ def export_paddle(model, config, preprocess, folder):
 
     shape, dtype = input_of(config, preprocess)
     spec = paddle.static.InputSpec(shape, dtype, _INPUT)
-    with warnings.catch_warnings():  # operations in place are others in a program, the same numbers
-        warnings.filterwarnings("ignore", message="In static graph mode")
-        paddle.jit.save(model, os.path.join(folder, "inference"), input_spec=[spec])
+    paddle.jit.save(model, os.path.join(folder, "inference"), input_spec=[spec])
     return program_in(folder, "inference")
 
 
