@@ -32,8 +32,8 @@ def lecun_normal(fan_in):
     return truncated_normal(std)
 
 
-def linear(in_features, out_features, weight_init, bias_init):
-    return nn.Linear(
+def linear(in_features, out_features, weight_init, bias_init, layer=nn.Linear):
+    return layer(
         in_features,
         out_features,
         weight_attr=paddle.ParamAttr(initializer=weight_init),
@@ -72,24 +72,48 @@ class PatchEmbedding(nn.Layer):
         return x.flatten(2).transpose([0, 2, 1])
 
 
+class HalvedLinear(nn.Linear):
+    """A Linear that gives each half of its output features by itself: two [..., out_features / 2].
+
+    Cut from one result they would be copied, the gradients' too.
+    """
+
+    def forward(self, x):
+        # Slices, because Paddle Inference 3.3 errs on chunks of a weight where the batch is 1.
+        half = self.weight.shape[1] // 2
+        parts = slice(half), slice(half, None)
+        return tuple(F.linear(x, self.weight[:, part], self.bias[part]) for part in parts)
+
+
+class TokenLinear(nn.Linear):
+    """A Linear along the tokens: [batch, in_features, channels] -> [batch, out_features, channels].
+
+    The weight stands on the left of the product, which spares two transposed copies.
+    """
+
+    def forward(self, x):
+        product = paddle.matmul(self.weight, x, transpose_x=True)
+        # In the product's type, as nn.Linear does it: else mixed precision goes on in float32.
+        return product + self.bias.astype(product.dtype).unsqueeze(-1)
+
+
 class SpatialGatingUnit(nn.Layer):
     """u * f(v): one half of the channels gates the other across tokens (paper, section 2.1).
 
     f normalizes v and projects it along the token axis with one matrix for all channels; at
     initialization f(v) is 1, so that the unit passes u on.
-    [batch, tokens, channels] -> [batch, tokens, channels / 2]
+    Two [batch, tokens, channels / 2] -> [batch, tokens, channels / 2]
     """
 
     def __init__(self, channels, num_tokens):
         super().__init__()
         self.norm = nn.LayerNorm(channels // 2, epsilon=GATE_NORM_EPSILON)
-        self.proj = linear(num_tokens, num_tokens, init.Normal(std=1e-6), init.Constant(1.0))
+        self.proj = linear(
+            num_tokens, num_tokens, init.Normal(std=1e-6), init.Constant(1.0), TokenLinear
+        )
 
-    def forward(self, x):
-        u, v = x.chunk(2, axis=-1)
-        v = self.norm(v).transpose([0, 2, 1])  # [batch, channels / 2, tokens]
-        v = self.proj(v).transpose([0, 2, 1])
-        return u * v
+    def forward(self, u, v):
+        return u * self.proj(self.norm(v))
 
 
 class GatedChannelMLP(nn.Layer):
@@ -97,15 +121,16 @@ class GatedChannelMLP(nn.Layer):
 
     def __init__(self, dim, hidden_dim, num_tokens, dropout):
         super().__init__()
-        self.fc1 = linear(dim, hidden_dim, init.XavierUniform(), init.Normal(std=1e-6))
+        self.fc1 = linear(
+            dim, hidden_dim, init.XavierUniform(), init.Normal(std=1e-6), HalvedLinear
+        )
         self.gate = SpatialGatingUnit(hidden_dim, num_tokens)
         self.fc2 = linear(hidden_dim // 2, dim, init.XavierUniform(), init.Normal(std=1e-6))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        x = self.dropout(F.gelu(self.fc1(x)))
-        x = self.gate(x)
-        return self.dropout(self.fc2(x))
+        u, v = (self.dropout(F.gelu(half)) for half in self.fc1(x))
+        return self.dropout(self.fc2(self.gate(u, v)))
 
 
 class DropPath(nn.Layer):

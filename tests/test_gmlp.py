@@ -220,12 +220,14 @@ def test_dropout_acts_after_both_channel_projections_in_training_only():
     model = build_gmlp(tiny_config(MODEL__DROPOUT=0.5))
     mlp = model.mixer_layers[1].mlp_channels
     seen = {}
-    mlp.gate.register_forward_pre_hook(lambda layer, inputs: seen.update(gate=inputs[0].numpy()))
+    mlp.gate.register_forward_pre_hook(
+        lambda layer, inputs: seen.update(u=inputs[0].numpy(), v=inputs[1].numpy())
+    )
     mlp.register_forward_post_hook(lambda layer, inputs, output: seen.update(out=output.numpy()))
     for training, share in ((True, 0.5), (False, 0.0)):
         model.train() if training else model.eval()
         model(paddle.to_tensor(golden.draw_images(32, batch=8)))
-        for place in ("gate", "out"):
+        for place in ("u", "v", "out"):
             assert np.mean(seen[place] == 0) == pytest.approx(share, abs=0.05), place
 
 

@@ -36,10 +36,11 @@ def test_mixed_precision_computes_in_its_type(dtype):
     model = build("tiny")
     images = paddle.to_tensor(draw_images(32))
     seen = []
-    model.head.register_forward_post_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    for layer in (model.mixer_layers[0].mlp_channels.gate.proj, model.head):
+        layer.register_forward_post_hook(lambda layer, inputs, output: seen.append(output.dtype))
     with optim.build_autocast(True, dtype)():
         model(images)
-    assert seen == [getattr(paddle, dtype)]
+    assert seen == [getattr(paddle, dtype)] * 2
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():

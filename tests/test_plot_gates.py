@@ -83,8 +83,8 @@ def test_a_filter_is_what_the_model_does_for_its_token():
     unit.proj.weight.set_value(weight)
     unit.proj.bias.set_value(np.zeros(9, "float32"))
     v = np.arange(1, 10, dtype="float32")
-    x = np.stack([np.ones(9), np.ones(9), v, v], axis=1)[None].astype("float32")
-    gate = unit(paddle.to_tensor(x)).numpy()[0, :, 0]
+    v_of_tokens = paddle.to_tensor(np.stack([v, v], axis=1)[None])
+    gate = unit(paddle.ones([1, 9, 2]), v_of_tokens).numpy()[0, :, 0]
     assert gate[target] == v[source] and np.count_nonzero(gate) == 1
 
     filters = plot_gates.to_filters(weight)

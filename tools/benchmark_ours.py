@@ -246,7 +246,9 @@ def _product_shapes(config, batch_size):
             inner, columns = layer.weight.shape
         else:  # a convolution whose patches do not overlap
             columns, inner = layer.weight.shape[0], int(layer.weight[0].size)
-        shapes.append((batch_size * int(output.size) // columns, inner, columns))
+        outputs = output if isinstance(output, tuple) else [output]
+        size = sum(int(part.size) for part in outputs)
+        shapes.append((batch_size * size // columns, inner, columns))
 
     model = build_gmlp(config)
     model.eval()

@@ -48,7 +48,8 @@ def count_multiply_adds(model, image_size):
         length = 1
         for size in weights:
             length *= size
-        counts.append(int(output.size) * length)
+        outputs = output if isinstance(output, tuple) else [output]
+        counts.append(length * sum(int(part.size) for part in outputs))
 
     layers = [layer for layer in model.sublayers() if isinstance(layer, (nn.Conv2D, nn.Linear))]
     hooks = [layer.register_forward_post_hook(count) for layer in layers]
