@@ -43,15 +43,19 @@ class Device(NamedTuple):
     kept_share: float = KEPT_SHARE_AMP
 
 
-# NVIDIA's data sheets; links are half of the "bidirectional" totals printed there.
+# NVIDIA's data sheets, as the pages in brackets give their numbers; links are half of the
+# "bidirectional" totals printed there.
 #   A100 80 GB SXM: nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
-#     nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf; host: DGX A100 (8 x 200 Gb/s, 128 cores)
-#   H100 SXM: nvidia.com/en-us/data-center/h100 (its 1,979 TFLOP/s are with sparsity);
-#     host: DGX H100 (8 x 400 Gb/s, 112 cores)
+#     nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+#     (glennklockwood.com/garden/processors/A100); host: DGX A100 (8 x 200 Gb/s, 128 cores)
+#   H100 SXM: nvidia.com/en-us/data-center/h100 (glennklockwood.com/garden/processors/h100; the
+#     1,979 TFLOP/s are with sparsity); host: DGX H100 (8 x 400 Gb/s, 112 cores)
 #   V100 32 GB SXM2: images.nvidia.com/content/technologies/volta/pdf/
-#     volta-v100-datasheet-update-us-1165301-r5.pdf; host: DGX-1 (4 x 100 Gb/s, 40 cores)
-#   RTX 4090: images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf;
-#     PCIe 4.0 x16 (no NVLink); the host, 8 cards, 10 Gb/s and 64 cores, is an assumption
+#     volta-v100-datasheet-update-us-1165301-r5.pdf (its rate: developer.nvidia.com/
+#     programming-tensor-cores-cuda-9-0); host: DGX-1 (4 x 100 Gb/s, 40 cores)
+#   RTX 4090: images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
+#     (waredb.com/processor/nvidia-geforce-rtx-4090); PCIe 4.0 x16 (no NVLink); the host, 8 cards,
+#     10 Gb/s and 64 cores, is an assumption
 DEVICES = {
     "a100": Device(312, 80, 2039, 300, 8, 200, 128),
     "h100": Device(989, 80, 3350, 450, 8, 400, 112),
