@@ -57,7 +57,6 @@ def prepare_cpu(ranks):
         # Paddle's MKL is of 2019 and takes its slowest kernels on CPUs that are not Intel's; 5
         # stands for those for AVX2 (https://danieldk.eu/Intel-MKL-on-AMD-Zen).
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
-    _keep_freed_memory()
 
 
 def _is_amd_with_avx2():
@@ -66,11 +65,13 @@ def _is_amd_with_avx2():
     return False
 
 
-def _keep_freed_memory():
-    """Has glibc keep large blocks that were freed, for the next batch.
+def keep_freed_memory():
+    """Has glibc keep large blocks that were freed, for the next batch, here and in processes forked
+    from here.
 
-    It would give them back to the kernel, which clears each page when it is used again: half of the
-    time of normalizing a batch.
+    It would give them back to the kernel, which clears each page when it is used again: an eighth
+    of a training step on a CPU, half of normalizing a batch.  The price is up to two thirds more
+    memory, as free blocks of one size are not always what is needed next.
     """
     m_mmap_max, m_trim_threshold = -4, -1
     with contextlib.suppress(OSError, AttributeError):  # another C library

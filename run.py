@@ -22,7 +22,7 @@ from files import lock, remove_temporary_files, write_text
 from gmlp import build_gmlp
 from inference import CompiledModel
 from metrics import to_json
-from process import default_workers, local_ranks, report_folder
+from process import default_workers, keep_freed_memory, local_ranks, report_folder
 from resample import resample_weights
 from transforms import build_batch_transform
 
@@ -58,6 +58,8 @@ class Run:
         self.train_data = None if config.EVAL else build_dataset(config, train=True)
         self.start, self.start_path = self._load_start()
         self._load_pretrained()
+        if config.EVAL or not config.TRAIN.RECOMPUTE:  # who recomputes has no memory to spare
+            keep_freed_memory()
         self.folder = self._make_folder()
         report_folder(self.folder)
         self._claim_folder()

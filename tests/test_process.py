@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from program import ROOT
+from program import ROOT, SMALL, flatten, run_as_rank
 
 import process
+import run
+from config import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,21 @@ def test_a_large_block_that_was_freed_is_used_again_without_the_kernel():
         "    block = ctypes.c_void_p(libc.malloc(50 << 20))\n"
         "    ctypes.memset(block, 1, 50 << 20); libc.free(block)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "process.prepare_cpu(1); pages(); print(pages())\n"
+        "pages(); process.keep_freed_memory(); pages(); print(pages())\n"
     )
     answer = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
     assert int(answer.stdout) < 100, answer.stderr  # of 12,800
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_freed_memory_is_kept_but_by_a_run_that_recomputes(few_digits, monkeypatch, recompute):
+    def leave(self):
+        raise ConfigError("far enough")
+
+    kept = []
+    monkeypatch.setattr(run, "can_recompute", lambda: True)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(run.Run, "_make_folder", leave)
+    opts = flatten({**SMALL, "TRAIN.RECOMPUTE": recompute})
+    run_as_rank("-data_path", few_digits, "-opts", *opts).refused(2, "far enough")
+    assert kept == ([] if recompute else [True])

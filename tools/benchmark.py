@@ -115,7 +115,7 @@ DEFAULTS = {
     ("eval", "batch_size"): {"default": 16}, ("eval", "batches"): {"default": 1},
     ("train", "batch_size"): {"default": 8}, ("train", "batches"): {"default": 1},
     ("train", "repetitions"): {"default": 5}, ("eval", "repetitions"): {"default": 5},
-    ("memory", "batch_size"): {"default": 8},
+    ("memory", "batch_size"): {"default": 16},
     ("memory", "cfg"): {"default": str(cli.ROOT / "configs" / "gmlp_b16_224.yaml"),
                         "help": "the model of the training step (default B/16)"},
 }

@@ -52,6 +52,7 @@ def decode(cfg, folder, images, train):
     """Reading, decoding and transforming images of the list, in this process."""
     from datasets import build_dataset
 
+    process.keep_freed_memory()  # as a run does
     dataset = build_dataset(_augmented(cfg, folder), train)
     epochs = iter(range(1, sys.maxsize))  # each with other draws
 
@@ -92,6 +93,7 @@ def loader(cfg, folder, train, batch_size, workers, lead, batches):
     from datasets import EvalSampler, TrainSampler, build_dataset, build_loader
     from transforms import build_batch_transform
 
+    process.keep_freed_memory()  # as a run does
     config = _augmented(cfg, folder)
     dataset = build_dataset(config, train)
     transform = build_batch_transform(config, train)
@@ -136,6 +138,7 @@ def evaluate(cfg, folder, batch_size, batches, kind):
     from run import build_model
     from transforms import build_batch_transform
 
+    process.keep_freed_memory()  # as a run does
     config = _config(cfg, DATA__DATA_PATH=folder)
     model, size = build_model(config), config.DATA.IMAGE_SIZE
     if kind != "layers":
@@ -189,6 +192,8 @@ def train(cfg, folder, batch_size, steps, recompute=False):
 
     import engine
 
+    if not recompute:  # as a run does
+        process.keep_freed_memory()
     config = _config(cfg, DATA__DATA_PATH=folder, TRAIN__RECOMPUTE=recompute)
     training = _training(config)
     batch = _batch(config, batch_size)
