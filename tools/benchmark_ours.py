@@ -311,28 +311,27 @@ def facts(cfg):
 
 
 def _kept_bytes(config):
-    """What a forward pass in training keeps for the backward pass, for one image in float32."""
+    """What a forward pass in training keeps of an image for the backward pass, in float32."""
     import paddle
 
     from gmlp import build_gmlp
 
     model = build_gmlp(config)
     model.train()
-    parameters = {param.data_ptr() for param in model.parameters()}
-    tensors = {}  # the objects too, so that no memory is used twice
-
-    def keep(tensor):
-        tensors[tensor.data_ptr()] = tensor
-        return tensor
-
     size = config.DATA.IMAGE_SIZE
-    with paddle.autograd.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(paddle.zeros([1, 3, size, size]))
-    return sum(
-        int(tensor.size) * tensor.element_size()
-        for place, tensor in tensors.items()
-        if place not in parameters
-    )
+
+    def kept(batch_size):
+        tensors = {}  # the objects too, so that no memory is used twice
+
+        def keep(tensor):
+            tensors[tensor.data_ptr()] = tensor
+            return tensor
+
+        with paddle.autograd.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(paddle.zeros([batch_size, 3, size, size]))
+        return sum(int(tensor.size) * tensor.element_size() for tensor in tensors.values())
+
+    return kept(2) - kept(1)  # so that weights do not count
 
 
 def step_memory(cfg, folder, batch_size, recompute):
