@@ -39,6 +39,9 @@ def test_help_and_wrong_flags_answer_without_paddle(tmp_path):
         (["eval", "-repetitions", "0"], "0 is not at least 1"),
         (["eval", "-batch_size", "many"], "invalid whole number value"),
         (["plan", "-device", "tpu"], "invalid choice: 'tpu'"),
+        (["plan", "-cores", "0"], "0 is not above 0 and finite"),
+        (["plan", "-link", "nan"], "nan is not above 0 and finite"),
+        (["plan", "-peak", "fast"], "invalid number value"),
         (["loader", "-imagse", "3"], "unrecognized arguments"),
         ([], "COMMAND"),
     ):

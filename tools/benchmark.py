@@ -17,6 +17,7 @@ photographs of tests/data/images: 500x375 JPEGs.
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -63,6 +64,16 @@ def _count(low):
 
 
 _positive, _whole = _count(1), _count(0)
+
+
+def _rate(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
+    return number
+
+
+_rate.__name__ = "number"  # what argparse calls it
 # fmt: off
 OPTIONS = {
     "json": {"metavar": "FILE", "help": "write the same as data"},
@@ -94,14 +105,15 @@ OPTIONS = {
                "help": f"{', '.join(benchmark_plan.DEVICES)} (default a100)"},
     "devices": {"metavar": "N", "type": _positive, "nargs": "+", "default": [1, 8, 64, 512],
                 "help": "numbers of devices (default 1 8 64 512)"},
-    "loader_rate": {"metavar": "X", "type": float, "help": "images/s per core (default: measured)"},
+    "loader_rate": {"metavar": "X", "type": _rate,
+                    "help": "images/s per core (default: measured)"},
     "epoch_images": {"metavar": "N", "type": _positive, "default": 1_281_167,
                      "help": "images of an epoch (default 1281167, ImageNet's)"},
     "total_batch": {"metavar": "N", "type": _positive,
                     "help": "images per optimizer step (default: the recipe's, LINEAR_SCALED_LR)"},
     "recompute": {"action": "store_true", "default": None, "help": "plan with TRAIN.RECOMPUTE"},
     "check": {"action": "store_true", "help": "compare predictions for this CPU with measurement"},
-    **{name: {"metavar": "X", "type": float, "help": text} for name, text in (
+    **{name: {"metavar": "X", "type": _rate, "help": text} for name, text in (
         ("peak", "matrix products of a device, TFLOP/s"),
         ("memory", "memory of a device, GB"),
         ("bandwidth", "bandwidth of that memory, GB/s"),
