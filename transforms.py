@@ -156,12 +156,13 @@ def normalize(images, mean, std):
     Returns:
         float32 Tensor [batch, channels, height, width].
     """
-    scale, shift = (1 / (255 * std)).reshape([-1, 1, 1]), (-mean / std).reshape([-1, 1, 1])
-    if not paddle.in_dynamic_mode():  # a program that is exported is optimized by who runs it
-        return images.astype("float32").transpose([0, 3, 1, 2]) * scale + shift
-    # The axes move while a value is one byte, and in place no further copy is made: on a CPU this
-    # takes half the time.
-    return images.transpose([0, 3, 1, 2]).astype("float32").multiply_(scale).add_(shift)
+    if not paddle.in_dynamic_mode():  # for an exported program, which its own engine makes fast
+        images = images.astype("float32").transpose([0, 3, 1, 2])
+        return (images / 255 - mean.reshape([-1, 1, 1])) / std.reshape([-1, 1, 1])
+    # The axes move while a value is one byte, and a batch norm with fixed statistics is the rest in
+    # one pass: on a CPU less than half the time.
+    images = images.transpose([0, 3, 1, 2]).astype("float32")
+    return F.batch_norm(images, 255 * mean, (255 * std) ** 2, epsilon=0)
 
 
 def _inside(boxes, height, width):

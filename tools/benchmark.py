@@ -123,7 +123,7 @@ OPTIONS = {
     )},
 }
 DEFAULTS = {
-    ("loader", "batch_size"): {"default": 32}, ("loader", "batches"): {"default": 16},
+    ("loader", "batch_size"): {"default": 32}, ("loader", "batches"): {"default": 48},
     ("eval", "batch_size"): {"default": 16}, ("eval", "batches"): {"default": 1},
     ("train", "batch_size"): {"default": 8}, ("train", "batches"): {"default": 1},
     ("train", "repetitions"): {"default": 5}, ("eval", "repetitions"): {"default": 5},
@@ -143,24 +143,23 @@ def loader(bench):
     args, size = bench.args, bench.config.DATA.IMAGE_SIZE
     lead = 4 * args.num_workers
     paths = prepare_images(bench, (lead + args.batches) * args.batch_size)
-    ours, peer = bench.ours(1), bench.peer(1)
+    one_core, peer_one_core = bench.ours(1), bench.peer(1)
+    ours, peer = bench.ours(), bench.peer()  # whose main process has all cores, as in a run
     mean = sum(map(os.path.getsize, paths)) / len(paths)
     print(f"{len(paths)} images of {mean / 1000:.0f} kB on average")
     common = {"cfg": args.cfg, "folder": bench.folder}
     limits = [
-        Entry("limit: JPEG decoder", "limit", ours.prepare("decode_alone", paths=paths, draft=0)),
-        Entry(
-            "limit: JPEG decoder, draft",
-            "limit",
-            ours.prepare("decode_alone", paths=paths, draft=size),
-        ),
+        Entry(name, "limit", one_core.prepare("decode_alone", paths=paths, draft=draft))
+        for name, draft in (("limit: JPEG decoder", 0), ("limit: JPEG decoder, draft", size))
     ]
     for train, what in ((False, "evaluation"), (True, "training (RandAugment)")):
         timm = {"paths": paths, "size": size, "train": train}
         entries = [
-            Entry("ours", "ours", ours.prepare("decode", images=len(paths), train=train, **common)),
-            *with_peer(peer, "timm, uint8", "decode", as_float=False, **timm),
-            *with_peer(peer, "timm, float32", "decode", as_float=True, **timm),
+            Entry(
+                "ours", "ours", one_core.prepare("decode", images=len(paths), train=train, **common)
+            ),
+            *with_peer(peer_one_core, "timm, uint8", "decode", as_float=False, **timm),
+            *with_peer(peer_one_core, "timm, float32", "decode", as_float=True, **timm),
             *limits,
         ]
         bench.measure(Group(f"decode + {what} transform, one core", entries))
@@ -169,6 +168,7 @@ def loader(bench):
         entries = [
             Entry("ours", "ours", ours.prepare("loader", train=train, **common, **sizes)),
             *with_peer(peer, "timm", "loader", **timm, **sizes),
+            *with_peer(peer_one_core, "timm, main process on one core", "loader", **timm, **sizes),
         ]
         title = f"loader, {what}: {args.num_workers} workers, batches of {args.batch_size}"
         bench.measure(Group(f"{title} on the device, normalized", entries))
@@ -346,7 +346,8 @@ _IMAGES = ("data_path", "images")
 COMMANDS = {
     "loader": (
         loader, "images per second of decoding, transforms and the whole loader",
-        ("cfg", "peer", *_IMAGES, "batch_size", "num_workers", "batches", *_TURNS),
+        ("cfg", "peer", *_IMAGES, "batch_size", "num_workers", "batches", "threads",
+         *_TURNS),
     ),
     "eval": (
         evaluation, "evaluation of a model",
