@@ -9,6 +9,7 @@ from golden import build, draw_images, load
 from program import SMALL, metrics, run_program
 
 import optim
+from transforms import BatchTransform
 
 GPUS = paddle.device.cuda.device_count()
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="Paddle finds no GPU on this machine")
@@ -41,6 +42,14 @@ def test_mixed_precision_computes_in_its_type(dtype):
     with optim.build_autocast(True, dtype)():
         model(images)
     assert seen == [getattr(paddle, dtype)] * 2
+
+
+def test_a_batch_is_normalized():
+    images = np.random.default_rng(0).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    result, _ = BatchTransform(mean, std)(paddle.to_tensor(images), None)
+    expected = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(result.numpy(), expected, atol=2e-6)
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
