@@ -148,10 +148,7 @@ def loader(bench):
     mean = sum(map(os.path.getsize, paths)) / len(paths)
     print(f"{len(paths)} images of {mean / 1000:.0f} kB on average")
     common = {"cfg": args.cfg, "folder": bench.folder}
-    limits = [
-        Entry(name, "limit", one_core.prepare("decode_alone", paths=paths, draft=draft))
-        for name, draft in (("limit: JPEG decoder", 0), ("limit: JPEG decoder, draft", size))
-    ]
+    limit = Entry("limit: JPEG decoder", "limit", one_core.prepare("decode_alone", paths=paths))
     for train, what in ((False, "evaluation"), (True, "training (RandAugment)")):
         timm = {"paths": paths, "size": size, "train": train}
         entries = [
@@ -160,7 +157,7 @@ def loader(bench):
             ),
             *with_peer(peer_one_core, "timm, uint8", "decode", as_float=False, **timm),
             *with_peer(peer_one_core, "timm, float32", "decode", as_float=True, **timm),
-            *limits,
+            limit,
         ]
         bench.measure(Group(f"decode + {what} transform, one core", entries))
         sizes = {"batch_size": args.batch_size, "workers": args.num_workers}
