@@ -8,7 +8,9 @@ import ctypes
 import glob
 import io
 import json
+import math
 import os
+import pathlib
 import sys
 import warnings
 
@@ -26,20 +28,33 @@ def local_ranks():
 
 
 def available_cores():
-    """The cores that this process may use, by its affinity and its cgroup's quota; at least 1."""
+    """The cores that this process may use, by its affinity and its cgroups' quotas; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu.max") as file:  # cgroup v2: "quota period" or "max period"
-            quota, period = file.read().split()
-        cores = min(cores, int(quota) // int(period))
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:  # cgroup v1: -1 is no limit
-            quota = int(file.read())
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-            period = int(file.read())
-        if quota > 0:
-            cores = min(cores, quota // period)
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as file:
+        for line in file.read().splitlines():  # "number:controllers:path", none for version 2
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            mount = "/sys/fs/cgroup" + ("/cpu" if controllers else "")
+            group = pathlib.PurePosixPath(path)
+            for one in (group, *group.parents):  # a container may see its own as the uppermost
+                cores = min(cores, _quota(f"{mount}{one}".rstrip("/")))
     return max(1, cores)
+
+
+def _quota(cgroup):
+    """The whole cores of a cgroup's quota, of version 2 or 1; infinite where it has none."""
+    with contextlib.suppress(OSError, ValueError), open(f"{cgroup}/cpu.max") as file:
+        quota, period = file.read().split()  # int() refuses "max"
+        return int(quota) // int(period)
+    with contextlib.suppress(OSError, ValueError):
+        with open(f"{cgroup}/cpu.cfs_quota_us") as file:  # -1 is no limit
+            quota = int(file.read())
+        with open(f"{cgroup}/cpu.cfs_period_us") as file:
+            period = int(file.read())
+        if quota >= 0:
+            return quota // period
+    return math.inf
 
 
 def prepare_cpu(ranks):

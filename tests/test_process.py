@@ -13,40 +13,53 @@ import process
 import run
 from config import ConfigError
 
+V1 = "5:memory:/\n4:cpu,cpuacct:/job\n3:cpuset:/other\n0::/\n"
+
 
 @pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8)],
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"/proc/self/cgroup": "0::/\n", "cpu.max": "max 100000\n"}, 8),
+        ({"/proc/self/cgroup": "0::/\n", "cpu.max": "250000 100000\n"}, 2),
+        ({"/proc/self/cgroup": "0::/\n", "cpu.max": "50000 100000\n"}, 1),
+        ({"/proc/self/cgroup": "0::/\n", "cpu.max": "9900000 100000\n"}, 8),
+        # A group of its own, whose parent has less.
+        (
+            {
+                "/proc/self/cgroup": "0::/user.slice/a job:1.scope\n",
+                "user.slice/cpu.max": "300000 100000\n",
+                "user.slice/a job:1.scope/cpu.max": "600000 100000\n",
+            },
+            3,
+        ),
+        # The host's path, which this container does not see.
+        ({"/proc/self/cgroup": "0::/docker/7f\n", "cpu.max": "400000 100000\n"}, 4),
+        ({"/proc/self/cgroup": V1, "cpu/job/cpu.cfs_quota_us": "-1\n"}, 8),
+        (
+            {
+                "/proc/self/cgroup": V1,
+                "cpu/cpu.cfs_quota_us": "-1\n",
+                "cpu/cpu.cfs_period_us": "100000\n",
+                "cpu/job/cpu.cfs_quota_us": "300000\n",
+                "cpu/job/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+    ],
 )
-def test_cores_are_those_of_the_affinity_within_the_cgroups_quota(monkeypatch, quota, cores):
+def test_cores_are_those_of_the_affinity_within_the_cgroups_quotas(monkeypatch, files, cores):
     assert 1 <= process.available_cores() <= os.cpu_count()
 
     def fake_open(path):
-        if path != "/sys/fs/cgroup/cpu.max":
+        name = path.removeprefix("/sys/fs/cgroup/")
+        if name not in files:
             raise FileNotFoundError(path)
-        return io.StringIO(quota)
+        return io.StringIO(files[name])
 
     monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(process, "open", fake_open, raising=False)
     assert process.available_cores() == cores
-
-
-def test_an_old_cgroups_quota_counts_too(monkeypatch):
-    files = {
-        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",
-        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-    }
-
-    def fake_open(path):
-        if path not in files:
-            raise FileNotFoundError(path)
-        return io.StringIO(files[path])
-
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(process, "open", fake_open, raising=False)
-    assert process.available_cores() == 3
-    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1\n"
-    assert process.available_cores() == 8
 
 
 @pytest.mark.parametrize(
