@@ -17,7 +17,6 @@ photographs of tests/data/images: 500x375 JPEGs.
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -37,6 +36,7 @@ from benchmark_turns import (
     describe_machine,
     prepare_images,
 )
+from config import ConfigError
 from files import new_file
 
 
@@ -64,16 +64,18 @@ def _count(low):
 
 
 _positive, _whole = _count(1), _count(0)
+_LIST_BATCH = 1024  # lines that a loader worker reads at a time
 
 
 def _rate(text):
     number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
+    if not 1e-6 <= number <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.000001 and 1,000,000,000")
     return number
 
 
 _rate.__name__ = "number"  # what argparse calls it
+_PEER_MODES = ["float32", "float32-compiled", "bfloat16", "bfloat16-compiled"]
 # fmt: off
 OPTIONS = {
     "json": {"metavar": "FILE", "help": "write the same as data"},
@@ -91,11 +93,10 @@ OPTIONS = {
     "batches": {"metavar": "N", "type": _positive, "help": "batches, or steps, per turn"},
     "ranks": {"metavar": "N", "type": _positive, "nargs": "+", "default": [1, 2],
               "help": "numbers of ranks (default 1 2)"},
-    "peer_modes": {"metavar": "MODE", "nargs": "+", "default": ["float32", "float32-compiled",
-                   "bfloat16", "bfloat16-compiled"], "choices": ["float32", "float32-compiled",
-                   "bfloat16", "bfloat16-compiled"], "help": "how the peer runs (default: all)"},
+    "peer_modes": {"metavar": "MODE", "nargs": "+", "choices": _PEER_MODES,
+                   "default": _PEER_MODES, "help": "how the peer runs (default: all)"},
     "engines": {"metavar": "KIND", "nargs": "+", "choices": ["layers", "float32", "bfloat16"],
-                "default": ["float32", "bfloat16", "layers"],
+                "default": ["float32", "layers", "bfloat16"],
                 "help": "how ours runs, as CPU_INFERENCE (default: all)"},
     "lines": {"metavar": "N", "type": _positive, "default": 1_281_167,
               "help": "lines of the image list (default 1281167, ImageNet's)"},
@@ -112,7 +113,8 @@ OPTIONS = {
     "total_batch": {"metavar": "N", "type": _positive,
                     "help": "images per optimizer step (default: the recipe's, LINEAR_SCALED_LR)"},
     "recompute": {"action": "store_true", "default": None, "help": "plan with TRAIN.RECOMPUTE"},
-    "check": {"action": "store_true", "help": "compare predictions for this CPU with measurement"},
+    "check": {"action": "store_true", "help": "compare predictions for this CPU with measurement; "
+              "of the device and the recipe it takes -cfg and -batch_size alone"},
     **{name: {"metavar": "X", "type": _rate, "help": text} for name, text in (
         ("peak", "matrix products of a device, TFLOP/s"),
         ("memory", "memory of a device, GB"),
@@ -140,122 +142,113 @@ def with_peer(worker, name, case, **options):
 
 
 def loader(bench):
-    args, size = bench.args, bench.config.DATA.IMAGE_SIZE
+    args = bench.args
     lead = 4 * args.num_workers
     paths = prepare_images(bench, (lead + args.batches) * args.batch_size)
-    one_core, peer_one_core = bench.ours(1), bench.peer(1)
+    single, peer_single = bench.ours(1), bench.peer(1)
     ours, peer = bench.ours(), bench.peer()  # whose main process has all cores, as in a run
-    mean = sum(map(os.path.getsize, paths)) / len(paths)
-    print(f"{len(paths)} images of {mean / 1000:.0f} kB on average")
+    kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1000
+    print(f"{len(paths)} images of {kilobytes:.0f} kB on average")
     common = {"cfg": args.cfg, "folder": bench.folder}
-    limit = Entry("limit: JPEG decoder", "limit", one_core.prepare("decode_alone", paths=paths))
+    limit = Entry("limit: JPEG decoder", "limit", single.prepare("decode_alone", paths=paths))
     for train, what in ((False, "evaluation"), (True, "training (RandAugment)")):
-        timm = {"paths": paths, "size": size, "train": train}
+        timm = {"paths": paths, "images": bench.images(), "train": train}
         entries = [
             Entry(
-                "ours", "ours", one_core.prepare("decode", images=len(paths), train=train, **common)
+                "ours", "ours", single.prepare("decode", images=len(paths), train=train, **common)
             ),
-            *with_peer(peer_one_core, "timm, uint8", "decode", as_float=False, **timm),
-            *with_peer(peer_one_core, "timm, float32", "decode", as_float=True, **timm),
+            *with_peer(peer_single, "timm, uint8", "decode", as_float=False, **timm),
+            *with_peer(peer_single, "timm, float32", "decode", as_float=True, **timm),
             limit,
         ]
-        bench.measure(Group(f"decode + {what} transform, one core", entries))
+        bench.measure(Group(f"decode + {what} transform, one thread", entries))
         sizes = {"batch_size": args.batch_size, "workers": args.num_workers}
         sizes.update(lead=lead, batches=args.batches)
         entries = [
             Entry("ours", "ours", ours.prepare("loader", train=train, **common, **sizes)),
             *with_peer(peer, "timm", "loader", **timm, **sizes),
-            *with_peer(peer_one_core, "timm, main process on one core", "loader", **timm, **sizes),
+            *with_peer(peer_single, "timm, OMP_NUM_THREADS=1", "loader", **timm, **sizes),
         ]
         title = f"loader, {what}: {args.num_workers} workers, batches of {args.batch_size}"
         bench.measure(Group(f"{title} on the device, normalized", entries))
 
 
+def batch_paths(bench):
+    """The paths of a batch's images, some of them more than once."""
+    paths = prepare_images(bench, bench.args.batch_size)
+    return [paths[i % len(paths)] for i in range(bench.args.batch_size)]
+
+
 def evaluation(bench):
-    args = bench.args
-    paths = prepare_images(bench, args.batch_size)
-    paths = [paths[i % len(paths)] for i in range(args.batch_size)]
+    args, paths = bench.args, batch_paths(bench)
     ours, peer = bench.ours(), bench.peer()
-    common = {"cfg": args.cfg, "batch_size": args.batch_size}
-    entries = []
-    for kind in args.engines:
-        measure = ours.prepare(
-            "evaluate", folder=bench.folder, batches=args.batches, kind=kind, **common
-        )
-        entries.append(Entry(f"ours, {kind}", "ours", measure))
-    for mode in args.peer_modes:
-        dtype, _, compiled = mode.partition("-")
-        options = {"paths": paths, "batches": args.batches, "dtype": dtype}
-        name = f"timm, {dtype} {compiled or 'eager'}"
-        entries += with_peer(
-            peer, name, "evaluate", compiled=bool(compiled), **options, **bench.timm_model()
-        )
-    entries += product_limits(ours, peer, args, train=False)
-    bench.measure(
-        Group(
-            f"evaluation of {bench.config.MODEL.NAME}, batches of {args.batch_size}, "
-            f"{bench.threads} thread(s)",
-            entries,
-        )
-    )
+    common = {"cfg": args.cfg, "batch_size": args.batch_size, "folder": bench.folder}
+    title = f"evaluation of {bench.config.MODEL.NAME}, batches of {args.batch_size}"
+    for dtype, known in (("float32", ("float32", "layers")), ("bfloat16", ("bfloat16",))):
+        entries = []
+        for kind in args.engines:
+            if kind in known:
+                measure = ours.prepare("evaluate", batches=args.batches, kind=kind, **common)
+                entries.append(Entry(f"ours, {kind}", "ours", measure))
+        if not entries:  # nothing to compare others with
+            continue
+        for mode in args.peer_modes:
+            precision, _, compiled = mode.partition("-")
+            if precision == dtype:
+                entries += with_peer(
+                    peer, f"timm, {compiled or 'eager'}", "evaluate", paths=paths, dtype=dtype,
+                    batches=args.batches, compiled=bool(compiled), **bench.timm_model(),
+                )  # fmt: skip
+        entries += product_limits(ours, peer, args, dtype=dtype)
+        bench.measure(Group(f"{title}, {bench.threads} thread(s), {dtype}", entries))
 
 
-def product_limits(ours, peer, args, train):
-    """Entries of the model's matrix products alone, by both frameworks."""
+def product_limits(ours, peer, args, dtype="float32", train=False):
+    """Entries of the model's matrix products alone, by both frameworks (Paddle's has float32)."""
+    name = "limit: matrix products, "
     products = ours.prepare(
         "products", cfg=args.cfg, batch_size=args.batch_size, repeats=args.batches, train=train
     )
-    options = {"shapes": products.facts["shapes"], "images": args.batch_size}
-    options["repeats"] = args.batches
-    return [
-        Entry("limit: matrix products, Paddle", "limit", products),
-        *(
-            entry._replace(role="limit")
-            for dtype in (["float32"] if train else ["float32", "bfloat16"])
-            for entry in with_peer(
-                peer, f"limit: the same, PyTorch {dtype}", "products", dtype=dtype, **options
-            )
-        ),
-    ]
+    options = {"shapes": products.facts["shapes"], "images": args.batch_size, "dtype": dtype}
+    limits = [Entry(name + "Paddle", "limit", products)] if dtype == "float32" else []
+    limits += with_peer(peer, name + "PyTorch", "products", repeats=args.batches, **options)
+    return [entry._replace(role="limit") for entry in limits]
 
 
 def training(bench):
-    args, threads = bench.args, bench.threads
-    train = bench.config.TRAIN
-    paths = prepare_images(bench, args.batch_size)
-    paths = [paths[i % len(paths)] for i in range(args.batch_size)]
+    args, threads, paths = bench.args, bench.threads, batch_paths(bench)
     common = {"cfg": args.cfg, "folder": bench.folder, "batch_size": args.batch_size}
+    workers, entries = {}, {}
 
     def entry(ranks, threads):
-        worker = bench.ours(threads, ranks)
-        name = f"ours, {ranks} rank(s) of {threads} thread(s)"
-        return worker, Entry(name, "ours", worker.prepare("train", steps=args.batches, **common))
+        key = ranks, threads
+        if key not in entries:
+            workers[key] = bench.ours(threads, ranks)
+            measure = workers[key].prepare("train", steps=args.batches, **common)
+            entries[key] = Entry(f"ours, {ranks} rank(s) of {threads} thread(s)", "ours", measure)
+        return entries[key]
 
+    numbers = sorted(set(args.ranks))
+    shared = {ranks: max(1, threads // ranks) for ranks in numbers}
+    group = [entry(*share) for share in shared.items()]
     peer = bench.peer()
-    split = [entry(ranks, max(1, threads // ranks)) for ranks in dict.fromkeys(args.ranks)]
-    optimizer = {
-        "lr": 1e-5,
-        "betas": list(train.OPTIMIZER.BETAS),
-        "eps": train.OPTIMIZER.EPS,
-        "weight_decay": train.WEIGHT_DECAY,
-    }
-    timm = with_peer(
+    group += with_peer(
         peer, "timm, float32 eager", "train", paths=paths, steps=args.batches,
-        drop_path=bench.config.MODEL.DROPPATH, optimizer=optimizer, checkpointing=False,
-        **bench.timm_model(),
+        recipe=bench.recipe(), checkpointing=False, **bench.timm_model(),
     )  # fmt: skip
-    entries = [own for _, own in reversed(split)]
-    entries += [*timm, *product_limits(split[0][0], peer, args, train=True)]
+    group += product_limits(workers[numbers[0], shared[numbers[0]]], peer, args, train=True)
     title = f"training step of {bench.config.MODEL.NAME}, batches of {args.batch_size} per rank"
-    bench.measure(Group(f"{title}, {threads} core(s)", entries))
-    if len(split) > 1:
-        single = [own for (_, own), ranks in zip(split, args.ranks) if threads // ranks == 1]
-        alone = [] if args.ranks[0] == 1 and threads == 1 else [entry(1, 1)[1]]
-        bench.measure(Group(f"{title}, one thread each", [*alone, *single]))
+    bench.measure(Group(f"{title}, {threads} core(s)", group))
+    if len(numbers) > 1:
+        alone = [entry(ranks, 1) for ranks in numbers]
+        bench.measure(Group(f"{title}, one thread each", alone))
 
 
 def start(bench):
     args = bench.args
+    for worker in (bench.ours(), bench.peer()):  # for their versions, and whether they have timm
+        if worker:
+            worker.close()
     main = str(cli.ROOT / "main_multi_gpu.py")
     reach = f"import sys; sys.path.insert(0, {str(cli.ROOT)!r}); "
 
@@ -291,11 +284,18 @@ def memory(bench):
         with open(os.path.join(bench.folder, name), "w") as file:
             for i in range(args.lines):  # as long as ImageNet's
                 file.write(f"train/n{i % 1000 * 13 + 1440764:08}/n{i % 1000:08}_{i:08}.JPEG 0\n")
+        least = _LIST_BATCH * (8 * args.num_workers + 2)
+        if args.lines < least:
+            raise ConfigError(
+                f"-lines {args.lines} is too few to see {args.num_workers} workers grow: take at "
+                f"least {least}"
+            )
         reading = bench.ours().prepare("image_list", folder=bench.folder, name=name)()
         worker = bench.ours()
         grow = worker.prepare(
-            "list_growth", folder=bench.folder, name=name, workers=args.num_workers
-        )
+            "list_growth", folder=bench.folder, name=name, workers=args.num_workers,
+            batch_size=_LIST_BATCH,
+        )  # fmt: skip
         growing = grow()
         rows = {"seconds": reading["seconds"], "added": reading["added"], **growing}
         cells = [
@@ -311,25 +311,22 @@ def memory(bench):
 
 def train_memory(bench):
     """What a training step adds, each in a process of its own."""
-    args = bench.args
-    paths = prepare_images(bench, args.batch_size)
-    paths = [paths[i % len(paths)] for i in range(args.batch_size)]
+    args, paths = bench.args, batch_paths(bench)
     options = {"cfg": args.cfg, "folder": bench.folder, "batch_size": args.batch_size}
     rows = []
-    for recompute in (False, True):
-        worker = bench.ours()
-        answer = worker.prepare("step_memory", recompute=recompute, **options)()
+
+    def add(name, worker, **options):
+        rows.append({"name": name, "added": worker.prepare("step_memory", **options)()["added"]})
         worker.close()
-        rows.append({"name": "ours" + ", recomputing" * recompute, "added": answer["added"]})
-    optimizer = {"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.05}
-    for checkpointing in (False, True) if args.peer else ():
-        worker = bench.peer()
-        answer = worker.prepare(
-            "step_memory", paths=paths, drop_path=bench.config.MODEL.DROPPATH,
-            optimizer=optimizer, checkpointing=checkpointing, **bench.timm_model(),
-        )()  # fmt: skip
-        worker.close()
-        rows.append({"name": "timm" + ", recomputing" * checkpointing, "added": answer["added"]})
+
+    # As a run does: it keeps freed memory unless it recomputes.
+    add("ours", bench.ours(), recompute=False, keep_freed=True, **options)
+    add("ours, not keeping it", bench.ours(), recompute=False, keep_freed=False, **options)
+    add("ours, recomputing", bench.ours(), recompute=True, keep_freed=False, **options)
+    if args.peer:
+        timm = {"paths": paths, "recipe": bench.recipe(), **bench.timm_model()}
+        add("timm", bench.peer(), checkpointing=False, **timm)
+        add("timm, recomputing", bench.peer(), checkpointing=True, **timm)
     first = rows[0]["added"]
     cells = [
         [row["name"], f"{row['added'] / 1e6:,.0f}", f"{row['added'] / first:.2f}"] for row in rows
@@ -338,13 +335,24 @@ def train_memory(bench):
     bench.add(title, rows, ["", "MB", "of ours"], cells)
 
 
+def planning(bench):
+    args = bench.args
+    given = [name for name in _PLANNED if getattr(args, name) != OPTIONS[name].get("default")]
+    if args.check and given:
+        raise ConfigError(f"-check predicts for this CPU: it takes no -{given[0]}")
+    benchmark_plan.run(bench)
+
+
 _TURNS = ("repetitions", "warmup")
+_PLANNED = (
+    "device", "devices", "peak", "memory", "bandwidth", "link", "network", "cores", "loader_rate",
+    "epoch_images", "total_batch", "recompute",
+)  # fmt: skip
 _IMAGES = ("data_path", "images")
 COMMANDS = {
     "loader": (
         loader, "images per second of decoding, transforms and the whole loader",
-        ("cfg", "peer", *_IMAGES, "batch_size", "num_workers", "batches", "threads",
-         *_TURNS),
+        ("cfg", "peer", *_IMAGES, "batch_size", "num_workers", "batches", "threads", *_TURNS),
     ),
     "eval": (
         evaluation, "evaluation of a model",
@@ -361,10 +369,8 @@ COMMANDS = {
         ("cfg", "peer", "batch_size", "lines", "num_workers", "threads", "parts"),
     ),
     "plan": (
-        benchmark_plan.run, "what training would take on other devices",
-        ("cfg", "device", "devices", "peak", "memory", "bandwidth", "link", "network", "cores",
-         "loader_rate", "epoch_images", "total_batch", "batch_size", "recompute", *_IMAGES,
-         "check", *_TURNS),
+        planning, "what training would take on other devices",
+        ("cfg", *_PLANNED, "batch_size", *_IMAGES, "check", *_TURNS),
     ),
 }  # fmt: skip
 

@@ -6,14 +6,13 @@ python tools/benchmark_ours.py RANKS      (benchmark.py starts it)
 import contextlib
 import multiprocessing
 import os
-import resource
 import sys
 import time
 
 import cli
 import launch
 import process
-from benchmark_worker import serve
+from benchmark_worker import added_memory, serve
 from config import get_config
 
 # Paddle comes with cli.import_paddle(), once the number of ranks is known.
@@ -48,12 +47,17 @@ def _augmented(cfg, folder):
     )  # fmt: skip
 
 
-def decode(cfg, folder, images, train):
-    """Reading, decoding and transforming images of the list, in this process."""
+def decode(cfg, folder, images, train, recipe=False):
+    """Reading, decoding and transforming images of the list, in this process.
+
+    Args:
+        recipe: augment as the configuration says, not as timm is measured.
+    """
     from datasets import build_dataset
 
     process.keep_freed_memory()  # as a run does
-    dataset = build_dataset(_augmented(cfg, folder), train)
+    config = _config(cfg, DATA__DATA_PATH=folder) if recipe else _augmented(cfg, folder)
+    dataset = build_dataset(config, train)
     epochs = iter(range(1, sys.maxsize))  # each with other draws
 
     def run():
@@ -184,13 +188,13 @@ def _training(config):
     )
 
 
-def train(cfg, folder, batch_size, steps, recompute=False):
+def train(cfg, folder, batch_size, steps, recompute=False, keep_freed=True):
     """Whole training steps of this rank, and of the others at the same time."""
     import paddle
 
     import engine
 
-    if not recompute:  # as a run does
+    if keep_freed:
         process.keep_freed_memory()
     config = _config(cfg, DATA__DATA_PATH=folder, TRAIN__RECOMPUTE=recompute)
     training = _training(config)
@@ -332,37 +336,28 @@ def _kept_bytes(config):
     return kept(2) - kept(1)  # so that weights do not count
 
 
-def step_memory(cfg, folder, batch_size, recompute):
+def step_memory(cfg, folder, batch_size, recompute, keep_freed):
     """The memory that a first training step adds, in bytes."""
-    run, _ = train(cfg, folder, batch_size, 1, recompute)
-
-    def measure():
-        before = _resident()
-        run()
-        return {"added": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
-
-    return measure, {}
-
-
-def _resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    run, _ = train(cfg, folder, batch_size, 1, recompute, keep_freed)
+    return added_memory(run)
 
 
 def image_list(folder, name):
     """Reading a list file: seconds, and the bytes that this process has more of its own."""
     from datasets import ImageList
 
+    kept = []  # the list, until its memory has been read
+
     def run():
         before, start = _own_memory("self"), time.perf_counter()
-        run.images = ImageList(folder, name, 1000)
+        kept.append(ImageList(folder, name, 1000))
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "added": _own_memory("self") - before}
 
     return run, {}
 
 
-def list_growth(folder, name, workers):
+def list_growth(folder, name, workers, batch_size):
     """The bytes that loader workers have more of their own at an epoch's end than at its start.
 
     All of the loader is real but the images: a grey one of a pixel stands for each, as decoding
@@ -383,13 +378,15 @@ def list_growth(folder, name, workers):
 
     pixel.image_size = 1
     images = ImageList(folder, name, 1000)
-    sampler = TrainSampler(len(images), 1024, 0, 1, 0, 1)
+    sampler = TrainSampler(len(images), batch_size, 0, 1, 0, 1)
+
+    times = (4 * workers, len(sampler) // 2, len(sampler) - 4 * workers)
 
     def run():
         own = []  # of each worker, at the three times
         with contextlib.closing(build_loader(Grey(images, pixel, 0), sampler, workers)) as loader:
             for batch, _ in enumerate(loader, 1):
-                if batch in (4 * workers, len(sampler) // 2, len(sampler) - 4 * workers):
+                if batch in times:
                     children = multiprocessing.active_children()
                     own.append({child.pid: _own_memory(child.pid) for child in children})
         start, middle, end = own

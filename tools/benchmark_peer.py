@@ -5,13 +5,11 @@ python tools/benchmark_peer.py THREADS      (benchmark.py starts it, with -peer 
 
 import functools
 import itertools
-import resource
 import sys
 import time
 
 import benchmark_worker
 
-MEAN = STD = (0.5, 0.5, 0.5)
 AUGMENT = "rand-m9-mstd0.5-inc1"
 
 
@@ -62,19 +60,20 @@ class _Files:
         return open(self.paths[index], "rb"), 0
 
 
-def _augmentation(train):
+def _options(images, train):
+    """timm's options for images as the configuration has them (benchmark_turns.Bench.images)."""
+    options = {"mean": images["mean"], "std": images["std"], "interpolation": "bicubic"}
     if train:
-        return {"is_training": True, "auto_augment": AUGMENT, "color_jitter": None}
-    return {"crop_pct": 0.875}
+        return {**options, "is_training": True, "auto_augment": AUGMENT, "color_jitter": None}
+    return {**options, "crop_pct": images["crop_pct"]}
 
 
-def decode(paths, size, train, as_float):
+def decode(paths, images, train, as_float):
     """Decoding and timm's transform; its pixels stay uint8 as under its prefetcher, or not."""
     timm = import_timm()
     transform = timm.data.create_transform(
-        size, interpolation="bicubic", mean=MEAN, std=STD, use_prefetcher=not as_float,
-        **_augmentation(train),
-    )  # fmt: skip
+        images["size"], use_prefetcher=not as_float, **_options(images, train)
+    )
     dataset = timm.data.ImageDataset("", _Files(paths), transform=transform)
 
     def run():
@@ -86,7 +85,7 @@ def decode(paths, size, train, as_float):
     return run, {}
 
 
-def loader(paths, size, train, batch_size, workers, lead, batches):
+def loader(paths, images, train, batch_size, workers, lead, batches):
     """timm's loader with its prefetcher: batches on the device, normalized."""
     import torch
 
@@ -94,9 +93,9 @@ def loader(paths, size, train, batch_size, workers, lead, batches):
     needed = itertools.islice(itertools.cycle(paths), (lead + batches) * batch_size)
     dataset = timm.data.ImageDataset("", _Files(list(needed)))
     batches_of = functools.partial(
-        timm.data.create_loader, dataset, (3, size, size), batch_size, interpolation="bicubic",
-        mean=MEAN, std=STD, num_workers=workers, device=torch.device("cpu"),
-        persistent_workers=False, **_augmentation(train),
+        timm.data.create_loader, dataset, (3, images["size"], images["size"]), batch_size,
+        num_workers=workers, device=torch.device("cpu"), persistent_workers=False,
+        **_options(images, train),
     )  # fmt: skip
 
     def run():
@@ -116,35 +115,35 @@ def _model(name, image_size, num_classes, **options):
     return model
 
 
-def _batch(paths, size):
-    """uint8 images as timm's prefetcher gets them, and labels."""
+def _batch(paths, images):
+    """A function that normalizes a batch as timm's prefetcher does, and labels."""
     import torch
 
     transform = import_timm().data.create_transform(
-        size, interpolation="bicubic", crop_pct=0.875, use_prefetcher=True
+        images["size"], use_prefetcher=True, **_options(images, train=False)
     )
     dataset = import_timm().data.ImageDataset("", _Files(paths), transform=transform)
-    images = [torch.as_tensor(dataset[index][0]) for index in range(len(paths))]
-    return torch.stack(images), torch.arange(len(paths))
+    pixels = torch.stack([torch.as_tensor(dataset[index][0]) for index in range(len(paths))])
+    mean, std = (255 * torch.tensor(images[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return lambda: pixels.to(torch.float32).sub_(mean).div_(std), torch.arange(len(paths))
 
 
-def evaluate(model, size, num_classes, paths, batches, dtype, compiled):
+def evaluate(model, images, num_classes, paths, batches, dtype, compiled):
     """Normalization, the model, its loss and top-5 counts on batches that are in memory."""
     import torch
     from torch.nn import functional as F
 
     precision = getattr(torch, dtype)
-    model = _model(model, size, num_classes).to(precision).eval()
+    model = _model(model, images["size"], num_classes).to(precision).eval()
     if compiled:
         model = torch.compile(model)
-    pixels, labels = _batch(paths, size)
+    normalized, labels = _batch(paths, images)
 
     @torch.inference_mode()
     def run():
         start = time.perf_counter()
         for _ in range(batches):
-            images = pixels.to(torch.float32).sub_(127.5).div_(127.5)
-            logits = model(images.to(precision)).float()
+            logits = model(normalized().to(precision)).float()
             F.cross_entropy(logits, labels, reduction="sum").item()
             (logits.topk(5).indices == labels[:, None]).sum(0).tolist()
         return {"seconds": time.perf_counter() - start, "images": batches * len(paths)}
@@ -153,31 +152,35 @@ def evaluate(model, size, num_classes, paths, batches, dtype, compiled):
     return run, {}
 
 
-def train(model, size, num_classes, paths, steps, drop_path, optimizer, checkpointing):
-    """Whole training steps: normalization, mixup or cutmix, model, AdamW with clipping."""
+def train(model, images, num_classes, paths, steps, recipe, checkpointing):
+    """Whole training steps: normalization, mixup or cutmix, model, AdamW with clipping.
+
+    Args:
+        recipe: see benchmark_turns.Bench.recipe.
+    """
     import torch
 
     timm = import_timm()
-    model = _model(model, size, num_classes, drop_path_rate=drop_path).train()
+    model = _model(model, images["size"], num_classes, drop_path_rate=recipe["drop_path"]).train()
     model.set_grad_checkpointing(checkpointing)
     decayed = [param for param in model.parameters() if param.ndim > 1]
     others = [param for param in model.parameters() if param.ndim <= 1]
     update = torch.optim.AdamW(
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        optimizer["lr"], optimizer["betas"], optimizer["eps"], optimizer["weight_decay"],
+        **recipe["adamw"],
     )  # fmt: skip
-    mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=num_classes)
+    mixup = timm.data.Mixup(**recipe["mixup"], num_classes=num_classes)
     criterion = timm.loss.SoftTargetCrossEntropy()
-    pixels, labels = _batch(paths, size)
+    normalized, labels = _batch(paths, images)
 
     def run():
         start = time.perf_counter()
         for _ in range(steps):
-            images = pixels.to(torch.float32).sub_(127.5).div_(127.5)
-            images, targets = mixup(images, labels)
-            loss = criterion(model(images), targets)
+            mixed, targets = mixup(normalized(), labels)
+            loss = criterion(model(mixed), targets)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if recipe["grad_clip"]:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["grad_clip"])
             update.step()
             update.zero_grad()
             loss.item()
@@ -210,18 +213,7 @@ def products(shapes, images, repeats, dtype):
 def step_memory(**options):
     """The memory that a first training step adds, in bytes."""
     run, _ = train(steps=1, **options)
-
-    def measure():
-        before = _resident()
-        run()
-        return {"added": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
-
-    return measure, {}
-
-
-def _resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return benchmark_worker.added_memory(run)
 
 
 CASES = {

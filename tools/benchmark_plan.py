@@ -17,7 +17,8 @@ from benchmark_turns import prepare_images
 # time: 7.4 times what a pass keeps for the backward pass in float32, for both models.
 TRAFFIC_PER_KEPT_BYTE = 7.4
 # Of what float32 keeps, mixed precision keeps this share: timm's batches of 192 (S/16) and 96
-# (B/16) are the largest of its table's that fit into 24 GB, 256 and 128 do not.
+# (B/16) are the largest of its table's that fit into 24 GB, 256 and 128 do not, so that it is
+# between 0.64 and 0.85.
 KEPT_SHARE_AMP = 0.75
 # AdamW reads weight, gradient and two moments and writes all but the gradient, in float32.
 OPTIMIZER_TRAFFIC = 7 * 4  # bytes per parameter
@@ -119,13 +120,14 @@ def plan(model, device, devices, loader_rate, images, total_batch, batch_size, e
 
     Args:
         model: the facts of benchmark_ours.facts.
-        loader_rate: images/s that a core decodes and augments.
+        loader_rate: images/s that a core decodes and augments; a device has its share of its
+            host's cores.
         images: of an epoch.
-        total_batch: images per optimizer step, the recipe's; kept whatever the number of devices.
+        total_batch: images per optimizer step, the recipe's; kept as nearly as whole batches allow.
         batch_size: the most that a device takes at a time.
     """
-    batch_size = max(1, min(batch_size, total_batch // devices))
-    accum_iter = max(1, round(total_batch / (devices * batch_size)))
+    accum_iter = math.ceil(total_batch / (devices * batch_size))
+    batch_size = max(1, round(total_batch / (devices * accum_iter)))
     seconds = step_seconds(model, device, devices, batch_size, accum_iter, recompute)
     possible = devices * batch_size * accum_iter / sum(seconds.values())
     cores = possible / devices / loader_rate
@@ -180,11 +182,14 @@ def run(bench):
         f"multiply-adds, {model['kept_bytes'] / 1e6:.0f} MB kept per image; "
         f"a core loads {rate:.0f} images/s"
     )
-    header = ["devices", "batch x accum", "images/s", "hours", "GB", "cores", "bottleneck"]
+    header = [
+        "devices", "batch x accum", "images/step", "images/s", "hours", "GB", "cores", "bottleneck",
+    ]  # fmt: skip
     cells = [
         [
             str(one.devices),
             f"{one.batch_size} x {one.accum_iter}",
+            f"{one.devices * one.batch_size * one.accum_iter:,}",
             f"{one.images_per_second:,.0f}",
             f"{one.hours:,.1f}",
             f"{one.memory:.1f}" + (" (too much)" if one.memory > device.memory else ""),
@@ -201,9 +206,10 @@ def measured_loader_rate(bench, worker):
     """Images/s that one core decodes and augments with the recipe's own transform."""
     images = len(prepare_images(bench))
     measure = worker.prepare(
-        "decode", cfg=bench.args.cfg, folder=bench.folder, images=images, train=True
+        "decode", cfg=bench.args.cfg, folder=bench.folder, images=images, train=True, recipe=True
     )
-    answers = [measure() for _ in range(5)]
+    args = bench.args
+    answers = [measure() for _ in range(args.warmup + args.repetitions)][args.warmup :]
     return statistics.median(answer["images"] / answer["seconds"] for answer in answers)
 
 

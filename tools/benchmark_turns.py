@@ -119,12 +119,44 @@ class Bench:
         return worker
 
     def timm_model(self):
-        """timm's name, image size and number of classes of the config's model."""
+        """timm's name, images and number of classes of the config's model."""
         config = self.config
         return {
             "model": config.MODEL.NAME,
-            "size": config.DATA.IMAGE_SIZE,
+            "images": self.images(),
             "num_classes": config.MODEL.NUM_CLASSES,
+        }
+
+    def images(self):
+        """How the config has images, for timm."""
+        data = self.config.DATA
+        return {
+            "size": data.IMAGE_SIZE,
+            "crop_pct": data.CROP_PCT,
+            "mean": list(data.IMAGENET_MEAN),
+            "std": list(data.IMAGENET_STD),
+        }
+
+    def recipe(self):
+        """What of the config's recipe a training step spends time on, for timm."""
+        train = self.config.TRAIN
+        optimizer = train.OPTIMIZER
+        return {
+            "drop_path": self.config.MODEL.DROPPATH,
+            "grad_clip": train.GRAD_CLIP,
+            "mixup": {
+                "mixup_alpha": train.MIXUP_ALPHA,
+                "cutmix_alpha": train.CUTMIX_ALPHA,
+                "prob": train.MIXUP_PROB,
+                "switch_prob": train.MIXUP_SWITCH_PROB,
+                "label_smoothing": train.SMOOTHING,
+            },
+            "adamw": {
+                "lr": 1e-5,
+                "betas": list(optimizer.BETAS),
+                "eps": optimizer.EPS,
+                "weight_decay": train.WEIGHT_DECAY,
+            },
         }
 
     def measure(self, group):
@@ -236,7 +268,7 @@ def prepare_images(bench, lines=0):
     """Writes lists of the benchmark's images into its folder, in turn up to `lines`.
 
     Returns:
-        The images' paths.
+        The images' paths, each once.
     """
     args = bench.args
     if getattr(args, "data_path", None):
@@ -251,16 +283,16 @@ def prepare_images(bench, lines=0):
 
 
 def _listed(folder, count):
-    path = os.path.join(folder, "val_list.txt")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line for line in file if line.strip()][:count]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"{path}: cannot read this image list: {reason}") from error
-    if not lines:
-        raise ConfigError(f"{path}: the list is empty")
-    return [os.path.abspath(os.path.join(folder, line.rsplit(None, 1)[0])) for line in lines]
+    """The first images of a user's folder, which can be read; raises DataError otherwise."""
+    cli.import_paddle()
+    from datasets import ImageDataset, ImageList
+
+    any_label = 10**9
+    images = ImageList(folder, "val_list.txt", any_label)
+    indices = range(min(count, len(images)))
+    for index in indices:
+        ImageDataset(images, None, 0).read(index)
+    return [os.path.abspath(images.image_path(index)) for index in indices]
 
 
 def describe_machine(bench):
