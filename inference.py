@@ -56,12 +56,13 @@ def load(program, dtype="float32"):
     """
     from paddle import inference
 
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     options = inference.Config(program, os.path.splitext(program)[0] + ".pdiparams")
     options.disable_gpu()
     options.disable_glog_info()
     if can_compile():
         options.enable_mkldnn()  # oneDNN's former name
-        options.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        options.set_cpu_math_library_num_threads(threads)
     if dtype == "bfloat16":
         options.enable_mkldnn_bfloat16()
     predictor = inference.create_predictor(options)
@@ -70,6 +71,8 @@ def load(program, dtype="float32"):
     def run(array):
         predictor.get_input_handle(input_name).copy_from_cpu(array)
         predictor.run()
+        # It leaves one thread to all that the process computes with Paddle from then on.
+        paddle.base.core.set_num_threads(threads)
         return predictor.get_output_handle(output_name).copy_to_cpu()
 
     return run

@@ -1,6 +1,8 @@
 """Evaluation by Paddle Inference: the model's numbers, and when it is used."""
 
+import ctypes
 import json
+from pathlib import Path
 
 import golden
 import numpy as np
@@ -35,6 +37,21 @@ def test_it_keeps_the_weights_that_it_was_made_with():
     before = compiled(images).numpy()
     model.head.weight.set_value(model.head.weight * 0)
     assert np.array_equal(compiled(images).numpy(), before)
+
+
+@needs_engine
+def test_it_leaves_the_process_its_threads(monkeypatch):
+    (library,) = Path(paddle.__file__).parent.glob("libs/libiomp5*")
+    threads_of = ctypes.CDLL(str(library)).omp_get_max_threads
+    before = threads_of()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    try:
+        compiled = CompiledModel(golden.build("tiny"), [3, 32, 32])
+        compiled(paddle.to_tensor(golden.draw_images(32)))
+        assert threads_of() == 3
+    finally:
+        paddle.base.core.set_num_threads(before)
+    assert threads_of() == before
 
 
 def scores_of(output):
