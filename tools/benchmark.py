@@ -10,7 +10,8 @@
 
 Ours, the peer and the limits (Pillow's decoder alone, the model's matrix products alone) are
 measured in turn, one repetition of each after the other, so that what else the machine does hits
-all of them.  A ratio is the median over the turns.  Without -data_path the images are made from the
+all of them; each in a process of its own, so that none finds memory or threads as another left
+them.  A ratio is the median over the turns.  Without -data_path the images are made from the
 photographs of tests/data/images: 500x375 JPEGs.
 """
 
@@ -136,8 +137,9 @@ DEFAULTS = {
 # fmt: on
 
 
-def with_peer(worker, name, case, **options):
-    """A list of the peer's entry, empty where there is no peer."""
+def with_peer(bench, name, case, threads=None, **options):
+    """A list of the peer's entry, in a process of its own; empty where there is no peer."""
+    worker = bench.peer(threads)
     return [Entry(name, "peer", worker.prepare(case, **options))] if worker else []
 
 
@@ -145,29 +147,28 @@ def loader(bench):
     args = bench.args
     lead = 4 * args.num_workers
     paths = prepare_images(bench, (lead + args.batches) * args.batch_size)
-    single, peer_single = bench.ours(1), bench.peer(1)
-    ours, peer = bench.ours(), bench.peer()  # whose main process has all cores, as in a run
     kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1000
     print(f"{len(paths)} images of {kilobytes:.0f} kB on average")
     common = {"cfg": args.cfg, "folder": bench.folder}
-    limit = Entry("limit: JPEG decoder", "limit", single.prepare("decode_alone", paths=paths))
+    decoder = bench.ours(threads=1).prepare("decode_alone", paths=paths)
     for train, what in ((False, "evaluation"), (True, "training (RandAugment)")):
         timm = {"paths": paths, "images": bench.images(), "train": train}
+        own = bench.ours(threads=1).prepare("decode", images=len(paths), train=train, **common)
         entries = [
-            Entry(
-                "ours", "ours", single.prepare("decode", images=len(paths), train=train, **common)
-            ),
-            *with_peer(peer_single, "timm, uint8", "decode", as_float=False, **timm),
-            *with_peer(peer_single, "timm, float32", "decode", as_float=True, **timm),
-            limit,
+            Entry("ours", "ours", own),
+            *with_peer(bench, "timm, uint8", "decode", threads=1, as_float=False, **timm),
+            *with_peer(bench, "timm, float32", "decode", threads=1, as_float=True, **timm),
+            Entry("limit: JPEG decoder", "limit", decoder),
         ]
         bench.measure(Group(f"decode + {what} transform, one thread", entries))
         sizes = {"batch_size": args.batch_size, "workers": args.num_workers}
         sizes.update(lead=lead, batches=args.batches)
+        # The main process has all cores, as in a run.
+        own = bench.ours().prepare("loader", train=train, **common, **sizes)
         entries = [
-            Entry("ours", "ours", ours.prepare("loader", train=train, **common, **sizes)),
-            *with_peer(peer, "timm", "loader", **timm, **sizes),
-            *with_peer(peer_single, "timm, OMP_NUM_THREADS=1", "loader", **timm, **sizes),
+            Entry("ours", "ours", own),
+            *with_peer(bench, "timm", "loader", **timm, **sizes),
+            *with_peer(bench, "timm, OMP_NUM_THREADS=1", "loader", threads=1, **timm, **sizes),
         ]
         title = f"loader, {what}: {args.num_workers} workers, batches of {args.batch_size}"
         bench.measure(Group(f"{title} on the device, normalized", entries))
@@ -181,14 +182,14 @@ def batch_paths(bench):
 
 def evaluation(bench):
     args, paths = bench.args, batch_paths(bench)
-    ours, peer = bench.ours(), bench.peer()
     common = {"cfg": args.cfg, "batch_size": args.batch_size, "folder": bench.folder}
     title = f"evaluation of {bench.config.MODEL.NAME}, batches of {args.batch_size}"
     for dtype, known in (("float32", ("float32", "layers")), ("bfloat16", ("bfloat16",))):
         entries = []
         for kind in args.engines:
             if kind in known:
-                measure = ours.prepare("evaluate", batches=args.batches, kind=kind, **common)
+                worker = bench.ours()
+                measure = worker.prepare("evaluate", batches=args.batches, kind=kind, **common)
                 entries.append(Entry(f"ours, {kind}", "ours", measure))
         if not entries:  # nothing to compare others with
             continue
@@ -196,47 +197,45 @@ def evaluation(bench):
             precision, _, compiled = mode.partition("-")
             if precision == dtype:
                 entries += with_peer(
-                    peer, f"timm, {compiled or 'eager'}", "evaluate", paths=paths, dtype=dtype,
+                    bench, f"timm, {compiled or 'eager'}", "evaluate", paths=paths, dtype=dtype,
                     batches=args.batches, compiled=bool(compiled), **bench.timm_model(),
                 )  # fmt: skip
-        entries += product_limits(ours, peer, args, dtype=dtype)
+        entries += product_limits(bench, dtype)
         bench.measure(Group(f"{title}, {bench.threads} thread(s), {dtype}", entries))
 
 
-def product_limits(ours, peer, args, dtype="float32", train=False):
+def product_limits(bench, dtype="float32", train=False):
     """Entries of the model's matrix products alone, by both frameworks (Paddle's has float32)."""
-    name = "limit: matrix products, "
-    products = ours.prepare(
+    args, name = bench.args, "limit: matrix products, "
+    products = bench.ours().prepare(
         "products", cfg=args.cfg, batch_size=args.batch_size, repeats=args.batches, train=train
     )
     options = {"shapes": products.facts["shapes"], "images": args.batch_size, "dtype": dtype}
     limits = [Entry(name + "Paddle", "limit", products)] if dtype == "float32" else []
-    limits += with_peer(peer, name + "PyTorch", "products", repeats=args.batches, **options)
+    limits += with_peer(bench, name + "PyTorch", "products", repeats=args.batches, **options)
     return [entry._replace(role="limit") for entry in limits]
 
 
 def training(bench):
     args, threads, paths = bench.args, bench.threads, batch_paths(bench)
     common = {"cfg": args.cfg, "folder": bench.folder, "batch_size": args.batch_size}
-    workers, entries = {}, {}
+    entries = {}
 
     def entry(ranks, threads):
         key = ranks, threads
         if key not in entries:
-            workers[key] = bench.ours(threads, ranks)
-            measure = workers[key].prepare("train", steps=args.batches, **common)
+            measure = bench.ours(threads, ranks).prepare("train", steps=args.batches, **common)
             entries[key] = Entry(f"ours, {ranks} rank(s) of {threads} thread(s)", "ours", measure)
         return entries[key]
 
     numbers = sorted(set(args.ranks))
     shared = {ranks: max(1, threads // ranks) for ranks in numbers}
     group = [entry(*share) for share in shared.items()]
-    peer = bench.peer()
     group += with_peer(
-        peer, "timm, float32 eager", "train", paths=paths, steps=args.batches,
+        bench, "timm, float32 eager", "train", paths=paths, steps=args.batches,
         recipe=bench.recipe(), checkpointing=False, **bench.timm_model(),
     )  # fmt: skip
-    group += product_limits(workers[numbers[0], shared[numbers[0]]], peer, args, train=True)
+    group += product_limits(bench, train=True)
     title = f"training step of {bench.config.MODEL.NAME}, batches of {args.batch_size} per rank"
     bench.measure(Group(f"{title}, {threads} core(s)", group))
     if len(numbers) > 1:
