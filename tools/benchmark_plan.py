@@ -216,8 +216,8 @@ def measured_loader_rate(bench, worker):
 def check_plan(bench):
     """Predicts training steps of this CPU, one thread a rank, and measures them.
 
-    What goes in: the rate of matrix products, alone and beside another rank, the all-reduce's rate,
-    and a training step of Ti/16, which tells the bandwidth of memory.
+    What goes in: the rate of matrix products and a training step of Ti/16, which tells the
+    bandwidth of memory, both alone and beside another rank, and the all-reduce's rate.
     """
     args = bench.args
     small = str(cli.ROOT / "configs" / "gmlp_ti16_224.yaml")
@@ -227,15 +227,11 @@ def check_plan(bench):
     model, small_model = (workers[1].prepare("facts", cfg=cfg).facts for cfg in (args.cfg, small))
     options = {"folder": bench.folder, "batch_size": batch_size, "steps": 1}
     products = {"cfg": args.cfg, "batch_size": batch_size, "repeats": 1, "train": True}
-    cases = {
-        "small": workers[1].prepare("train", cfg=small, **options),
-        "exchange": workers[2].prepare("exchange", cfg=args.cfg),
-        **{("products", ranks): workers[ranks].prepare("products", **products) for ranks in (1, 2)},
-        **{
-            ("step", ranks): workers[ranks].prepare("train", cfg=args.cfg, **options)
-            for ranks in (1, 2)
-        },
-    }
+    cases = {"exchange": workers[2].prepare("exchange", cfg=args.cfg)}
+    for ranks, worker in workers.items():
+        cases["products", ranks] = worker.prepare("products", **products)
+        cases["small", ranks] = worker.prepare("train", cfg=small, **options)
+        cases["step", ranks] = worker.prepare("train", cfg=args.cfg, **options)
     answers = {key: [] for key in cases}
     for turn in range(args.warmup + args.repetitions):
         for key, measure in cases.items():
@@ -244,12 +240,14 @@ def check_plan(bench):
                 answers[key].append(answer)
     seconds = {key: statistics.median(a["seconds"] for a in of) for key, of in answers.items()}
     flops = answers["products", 1][0]["flops"]
-    peaks = {ranks: flops / seconds["products", ranks] / 1e12 for ranks in (1, 2)}
-    bandwidth = bandwidth_of(seconds["small"], small_model, peaks[1], batch_size)
     link = answers["exchange"][0]["bytes"] / seconds["exchange"] / 1e9
-    rows = []
+    rows, devices = [], {}
     for ranks in (1, 2):
-        device = Device(peaks[ranks], 0, bandwidth, link, 2, 1, 2, 1.0)
+        peak = flops / seconds["products", ranks] / 1e12
+        device = Device(peak, 0, 0, link, devices=2, network=1, cores=2, kept_share=1.0)
+        exchange = exchange_seconds(4 * small_model["parameters"], ranks, device)
+        bandwidth = bandwidth_of(seconds["small", ranks] - exchange, small_model, peak, batch_size)
+        device = devices[ranks] = device._replace(bandwidth=bandwidth)
         parts = step_seconds(model, device, ranks, batch_size)
         predicted = ranks * batch_size / sum(parts.values())
         measured = ranks * batch_size / seconds["step", ranks]
@@ -269,7 +267,9 @@ def check_plan(bench):
     header = ["ranks", "predicted images/s", "measured", "error"]
     title = f"training {model['name']} on this CPU, one thread a rank, batches of {batch_size}"
     bench.add(title, rows, header, cells)
+    alone, shared = devices[1], devices[2]
     print(
-        f"from: {1000 * peaks[1]:.0f} GFLOP/s ({1000 * peaks[2]:.0f} beside another rank), "
-        f"{bandwidth:.1f} GB/s by {small_model['name']}, all-reduce {link:.2f} GB/s"
+        f"from, alone (beside another rank): {1000 * alone.peak:.0f} ({1000 * shared.peak:.0f}) "
+        f"GFLOP/s, {alone.bandwidth:.1f} ({shared.bandwidth:.1f}) GB/s by {small_model['name']}, "
+        f"all-reduce {link:.2f} GB/s"
     )
