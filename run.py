@@ -26,7 +26,7 @@ from process import default_workers, keep_freed_memory, local_ranks, report_fold
 from resample import resample_weights
 from transforms import build_batch_transform
 
-_WORTH_COMPILING = 1000  # images per rank; making an S/16 takes as long as 30 of them
+_WORTH_COMPILING = 1000  # images per rank; making an S/16 takes what it saves on 200 of them
 
 
 class Run:
