@@ -18,15 +18,13 @@ from PIL import Image
 
 from augment import BICUBIC, AutoAugment, ColorJitter, RandAugment
 
-_LONG = 20  # width / height above which an evaluated image is cut before it is resized
-
 # --- one image: crops ---
 
 
 class EvalTransform:
     """Resize the short side to floor(image_size / crop_pct), bicubic, and keep the centre square.
 
-    The same pixels as timm's evaluation transform, at most 1 level of rounding apart.
+    The same pixels as timm's evaluation transform, but for some in 100,000 that are a level apart.
 
     Args:
         image_size: side of the output in pixels.
@@ -44,36 +42,38 @@ class EvalTransform:
 
     def __call__(self, image, rng=None):
         """PIL image (mode RGB) to uint8 [size, size, 3]; `rng` is not used."""
-        # Two passes by hand, over little more than what is kept. One resize with box= would be
-        # simpler, but Pillow 13 runs its passes in another order (5 levels apart), and a box that
-        # float32 cannot hold moves the first pass's rounding, which the second can double.
+        # Columns, then rows, of what is kept alone. One resize with box= would be simpler, but
+        # Pillow 13 may take the rows first (5 levels apart).
         size, (width, height) = self.image_size, image.size
-        top, bottom, above, below = self._kept(height, min(width, height))
-        if width <= _LONG * height:
-            resized_width, left = self._resized(width, min(width, height))
-            image = image.crop((0, above, width, below))
-            rows = image.resize((resized_width, below - above), BICUBIC)
-            rows = rows.crop((left, 0, left + size, below - above))
-        else:  # whole rows of a strip 1 pixel high, 100,000 wide, would take gigabytes
-            left, right, before, behind = self._kept(width, height)
-            image = image.crop((before, above, behind, below))
-            box = (left - before, 0, right - before, below - above)
-            rows = image.resize((size, below - above), BICUBIC, box=box)
-        box = (0, top - above, size, bottom - above)
-        return np.asarray(rows.resize((size, size), BICUBIC, box=box))
-
-    def _resized(self, side, short):
-        """A side when resized, and where the centre crop begins on it, rounded as torchvision."""
-        resized = int(self.short_side * side / short)
-        return resized, round((resized - self.image_size) / 2)
+        cut_x, left, right, columns, first_column = self._kept(width, min(width, height))
+        cut_y, top, bottom, rows, first_row = self._kept(height, min(width, height))
+        image = image.crop((cut_x, cut_y, width - cut_x, height - cut_y))
+        image = image.resize((columns, image.height), BICUBIC, box=(left, 0, right, image.height))
+        image = image.crop((first_column, 0, first_column + size, image.height))
+        image = image.resize((size, rows), BICUBIC, box=(0, top, size, bottom))
+        return np.asarray(image)[first_row : first_row + size]
 
     def _kept(self, side, short):
-        """What the centre crop keeps of a side, and what it takes to resize that, in its pixels."""
-        resized, start = self._resized(side, short)
-        scale = side / resized
-        first, last = start * scale, (start + self.image_size) * side / resized
-        reach = math.ceil(2 * max(1, scale))  # of the bicubic filter
-        return first, last, max(0, int(first) - reach), min(side, math.ceil(last) + reach)
+        """What to resize of a side of the image: the centre crop, and now and then a bit more.
+
+        Returns:
+            (cut, start, end, count, first): pixels to cut off at both ends, the box in what is
+            left, its pixels when resized, and which of these is the crop's first.
+        """
+        resized = int(self.short_side * side / short)  # this and the next rounded as torchvision
+        crop = round((resized - self.image_size) / 2)
+        begin = min(crop, resized - crop - self.image_size)
+        # Pillow holds a box in float32. What that rounds off shows where the filter is symmetric,
+        # as its sum is often midway between two levels there: in the middle, so the box is
+        # symmetric too, and, where the two sizes share a divisor, at other places, so its edges
+        # are there where float32 holds them.
+        divisor = math.gcd(side, resized)
+        if divisor > 1:
+            step = resized // divisor
+            begin -= begin % (step // (step & -step))  # the odd part
+        cut = max(0, int(begin * side / resized) - math.ceil(2 * max(1, side / resized)))
+        end = float(np.float32((resized - begin) * side / resized - cut))
+        return cut, side - 2 * cut - end, end, resized - 2 * begin, crop - begin
 
 
 def random_crop_box(width, height, rng, scale, ratio):
