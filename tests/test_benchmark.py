@@ -161,7 +161,7 @@ def test_a_worker_answers_with_facts_runs_and_errors(tmp_path):
     )
     worker = Worker("ours", [sys.executable, str(script)], 1)
     try:
-        assert worker.versions == {"python": "3"}
+        assert worker.versions() == {"python": "3"}
         measure = worker.prepare("case", wrong=False)
         broken = worker.prepare("case", wrong=True)
         assert measure.facts == {"fact": 7} and measure() == {"seconds": 1.0}
@@ -174,7 +174,7 @@ def test_a_worker_answers_with_facts_runs_and_errors(tmp_path):
 
 def test_a_peer_that_ends_or_is_no_program_is_one_sentence():
     with pytest.raises(Failed, match=r"peer has ended \(exit status 3\)"):
-        Worker("peer", [sys.executable, "-c", "import sys; sys.exit(3)"], 1)
+        Worker("peer", [sys.executable, "-c", "import sys; sys.exit(3)"], 1).versions()
     with pytest.raises(ConfigError, match="/gone/python cannot be started: No such file"):
         Worker("peer", ["/gone/python"], 1)
 

@@ -53,7 +53,10 @@ class Worker:
             )
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
-        self.versions = self._ask(case="versions", options={})["facts"]
+
+    def versions(self):
+        """What it is made of, by package; it has started then."""
+        return self._ask(case="versions", options={})["facts"]
 
     def prepare(self, case, **options):
         """A function that runs one repetition; its attribute `facts` is what the case told."""
@@ -115,7 +118,7 @@ class Bench:
     def _start(self, name, command, threads):
         worker = Worker(name, command, threads)
         self._stack.callback(worker.close)
-        self.versions[name] = worker.versions
+        self.versions[name] = worker.versions()
         return worker
 
     def timm_model(self):
