@@ -24,7 +24,8 @@ from augment import BICUBIC, AutoAugment, ColorJitter, RandAugment
 class EvalTransform:
     """Resize the short side to floor(image_size / crop_pct), bicubic, and keep the centre square.
 
-    The same pixels as timm's evaluation transform, but for some in 100,000 that are a level apart.
+    The same pixels as timm's evaluation transform, but for some in 100,000 that are a level apart
+    (hardly ever two).
 
     Args:
         image_size: side of the output in pixels.
