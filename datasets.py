@@ -18,7 +18,7 @@ import paddle
 from PIL import Image
 
 from files import show_path
-from process import die_with_parent, remove_batches
+from ranks.host import die_with_parent, remove_batches
 from transforms import build_transform
 
 _LINE_LIMIT = 5000  # bytes; a path has at most 4096

@@ -64,7 +64,7 @@ def _load(name, pretrained, num_classes, image_size):
         )
     with _own_modules():
         checkpoint, config, gmlp, resample = map(
-            importlib.import_module, ("checkpoint", "config", "gmlp", "resample")
+            importlib.import_module, ("weights.checkpoint", "config", "gmlp", "weights.resample")
         )
     settings = config.update_config(
         config.get_config(os.path.join(_HERE, "configs", f"{name}.yaml")),
@@ -95,13 +95,17 @@ def _own_modules():
     A caller's `config` or `utils` is put aside meanwhile, and ours are forgotten afterwards, so
     that the caller's later imports find what they would have found without us.
     """
-    names = {os.path.splitext(name)[0] for name in os.listdir(_HERE) if name.endswith(".py")}
-    aside = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    tops = {os.path.splitext(name)[0] for name in os.listdir(_HERE)}
+
+    def of_these_names():
+        return [name for name in sys.modules if name.split(".")[0] in tops]
+
+    aside = {name: sys.modules.pop(name) for name in of_these_names()}
     sys.path.insert(0, _HERE)
     try:
         yield
     finally:
         sys.path.remove(_HERE)
-        for name in names:
-            sys.modules.pop(name, None)
+        for name in of_these_names():
+            del sys.modules[name]
         sys.modules.update(aside)

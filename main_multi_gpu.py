@@ -12,10 +12,11 @@ import signal
 import sys
 import traceback
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # with -P too
+
 try:
-    import launch
-    import process
     from config import get_config, update_config
+    from ranks import host, launch
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
@@ -61,13 +62,13 @@ def main(argv):
     args = parser.parse_args(argv)
     try:
         config = update_config(get_config(), args)
-        if not process.is_rank():
+        if not host.is_rank():
             gpus = launch.count_gpus()
             ranks, warning = launch.choose_ranks(args.nprocs, gpus)
     except ValueError as error:  # ConfigError, and choose_ranks's
-        process.report_error(f"{parser.prog}: {error}")
+        host.report_error(f"{parser.prog}: {error}")
         return 2
-    if process.is_rank():
+    if host.is_rank():
         return run_rank(config)
     if warning:
         print(f"{parser.prog}: {warning}", file=sys.stderr, flush=True)
@@ -82,31 +83,31 @@ def run_rank(config):
         130 where the run was asked to end.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; stop.py's handler comes later
-    process.import_paddle()
-    from checkpoint import WeightsError
+    host.import_paddle()
     from config import ConfigError
     from datasets import DataError, explain_dead_workers
-    from engine import NonFiniteLoss
-    from run import Run, evaluate
-    from trainer import Trainer
+    from training.engine import NonFiniteLoss
+    from training.run import Run, evaluate
+    from training.train import Trainer
+    from weights.checkpoint import WeightsError
 
     config.freeze()
     try:
         run = Run(config)
         program = functools.partial(evaluate, run) if config.EVAL else Trainer(run).train
     except (ConfigError, DataError, WeightsError, OSError) as error:
-        process.report_error(process.describe_error(error), 2)
+        host.report_error(host.describe_error(error), 2)
         return 2
     try:
         with explain_dead_workers():
             return program()
     except (DataError, WeightsError, NonFiniteLoss, OSError) as error:
-        message = process.describe_error(error)
-        process.report_error(message, 1)
+        message = host.describe_error(error)
+        host.report_error(message, 1)
         run.log.error(message)
     except Exception as error:  # a bug, or a rank that another one left alone
         run.log.error(traceback.format_exc(), extra={"file_only": True})
-        process.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
+        host.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
     return 1
 
 

@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 setup_env "$here/requirements.txt"
 
 cd "$here"
-"$PYTHON" tools/make_digits.py data/digits
+"$PYTHON" demo/make_digits.py data/digits
 
 CFG=configs/gmlp_digits.yaml
 DATA_PATH=data/digits
@@ -15,7 +15,7 @@ BATCH_SIZE=32
 OUTPUT=output/demo-$(date +%Y%m%d-%H%M%S)-$$
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1}
 export CFG DATA_PATH BATCH_SIZE OUTPUT CUDA_VISIBLE_DEVICES
-if [ "$("$PYTHON" -c 'import launch; print(launch.count_gpus())')" = 0 ]; then
+if [ "$("$PYTHON" -c 'from ranks import launch; print(launch.count_gpus())')" = 0 ]; then
     CUDA_VISIBLE_DEVICES=
     NPROCS=2
     export NPROCS
@@ -25,4 +25,4 @@ PRETRAINED= sh run_train_multi.sh "$@"
 PRETRAINED=$(echo "$OUTPUT"/train-*)/best.pdparams
 export PRETRAINED
 sh run_eval_multi.sh
-"$PYTHON" tools/demo_summary.py "$OUTPUT"
+"$PYTHON" demo/demo_summary.py "$OUTPUT"

@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 from program import SMALL, run_program  # noqa: E402
 
-from process import REPORT_PIPE, prepare_cpu  # noqa: E402
+from ranks.host import REPORT_PIPE, prepare_cpu  # noqa: E402
 
 prepare_cpu(ranks=1)  # before any test imports Paddle
 
@@ -19,7 +19,7 @@ prepare_cpu(ranks=1)  # before any test imports Paddle
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The demo's data set: 4,000 real digits to train, 1,000 to validate."""
-    from make_digits import make_digits
+    from demo.make_digits import make_digits
 
     root = tmp_path_factory.mktemp("data") / "all digits"  # a space, as users' folders have
     make_digits(root)

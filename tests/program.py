@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from processes import HANG_SECONDS
 
-import cli
+from tools import common
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "gmlp_digits.yaml"
@@ -79,7 +79,7 @@ def run(command, cwd="/", **env):
 
 def run_tool(tool, *args):
     """Runs a module of tools/ in this process, without the seconds that importing Paddle takes."""
-    return _in_this_process(lambda argv: cli.run(tool.build_parser(), tool.work, argv), args)
+    return _in_this_process(lambda argv: common.run(tool.build_parser(), tool.work, argv), args)
 
 
 def run_as_rank(*args):

@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 from program import CONFIG, ROOT, run, run_tool
 
-import benchmark
-import benchmark_plan
-from benchmark_plan import Device, exchange_seconds, image_seconds, plan, step_seconds
-from benchmark_turns import Entry, Group, Worker, make_images, summarize, timing_table
-from cli import Failed
 from config import ConfigError
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark import ours
+from tools.benchmark import plan as benchmark_plan
+from tools.benchmark.plan import Device, exchange_seconds, image_seconds, plan, step_seconds
+from tools.benchmark.turns import Entry, Group, Worker, make_images, summarize, timing_table
+from tools.common import Failed
 
-TOOL = ROOT / "tools" / "benchmark.py"
-# What benchmark_ours.facts counts for S/16 and B/16.
+TOOL = ROOT / "tools" / "benchmark"
+# What ours.facts counts for S/16 and B/16.
 S16 = {"multiply_adds": 4_392_060_928, "parameters": 19_422_656, "kept_bytes": 145_406_488}
 B16 = {"multiply_adds": 15_720_452_096, "parameters": 73_075_392, "kept_bytes": 289_807_896}
 RTX_3090 = Device(71, 24, 936, 32, 1, 1, 16)
@@ -145,8 +146,8 @@ def test_a_worker_answers_with_facts_runs_and_errors(tmp_path):
     script.write_text(
         textwrap.dedent(f"""
         import sys
-        sys.path.insert(0, {str(ROOT / "tools")!r})
-        import benchmark_worker
+        sys.path.insert(0, {str(ROOT)!r})
+        from tools.benchmark import worker
 
         def case(wrong):
             print("a library's remark")
@@ -156,7 +157,7 @@ def test_a_worker_answers_with_facts_runs_and_errors(tmp_path):
                 return {{"seconds": 1.0}}
             return run, {{"fact": 7}}
 
-        benchmark_worker.serve({{"versions": lambda: (None, {{"python": "3"}}), "case": case}})
+        worker.serve({{"versions": lambda: (None, {{"python": "3"}}), "case": case}})
         """)
     )
     worker = Worker("ours", [sys.executable, str(script)], 1)
@@ -352,22 +353,21 @@ def test_a_measured_step_tells_the_bandwidth():
 
 
 def test_the_counted_facts_fit_together():
-    import benchmark_ours
     from config import get_config
     from gmlp import build_gmlp
-    from model_table import count_multiply_adds
+    from tools.model_table import count_multiply_adds
 
-    _, facts = benchmark_ours.facts(str(CONFIG))
+    _, facts = ours.facts(str(CONFIG))
     config = get_config(CONFIG)
-    counted = benchmark_ours.facts(str(ROOT / "configs" / "gmlp_s16_224.yaml"))[1]
+    counted = ours.facts(str(ROOT / "configs" / "gmlp_s16_224.yaml"))[1]
     assert {key: counted[key] for key in S16} == S16
     multiply_adds = count_multiply_adds(build_gmlp(config), config.DATA.IMAGE_SIZE)
     assert facts["multiply_adds"] == multiply_adds
     # Blocks are alike, so that two of them tell what four keep.
-    assert facts["kept_bytes"] == benchmark_ours._kept_bytes(config)
+    assert facts["kept_bytes"] == ours._kept_bytes(config)
     assert facts["kept_bytes_recompute"] < facts["kept_bytes"]
     assert facts["total_batch"] == 64
     # The limit has a forward pass's products, and in training three times as many.
     for train, passes in ((False, 1), (True, 3)):
-        measure, _ = benchmark_ours.products(str(CONFIG), 2, 1, train)
+        measure, _ = ours.products(str(CONFIG), 2, 1, train)
         assert measure()["flops"] == 2 * 2 * passes * multiply_adds

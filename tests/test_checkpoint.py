@@ -9,10 +9,9 @@ import paddle
 import pytest
 from golden import config_of
 
-import checkpoint
-import pdparams
 from files import remove_temporary_files, temporary_path
 from gmlp import build_gmlp
+from weights import checkpoint, pdparams
 
 
 def make_model(**changes):

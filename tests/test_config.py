@@ -11,9 +11,9 @@ import yaml
 from program import ROOT
 
 import config as config_module
-import optim
 from config import ConfigError, get_config, get_value, update_config
 from gmlp import build_gmlp
+from training import optim
 
 # PaddleViT's keys and defaults; the two lines marked "ours" differ from it on purpose (README).
 PADDLEVIT_DEFAULTS = {

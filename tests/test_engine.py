@@ -9,9 +9,8 @@ import pytest
 from golden import config_of
 from paddle.nn import functional as F
 
-import engine
-import optim
 from gmlp import build_gmlp
+from training import engine, optim
 
 CLASSES = 10
 

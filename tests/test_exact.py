@@ -6,18 +6,18 @@ import sys
 import pytest
 from program import CONFIG, ROOT, SMALL, flatten, run, run_program, same
 
-import pdparams
 from compat import can_recompute
+from weights import pdparams
 
 # Runs in every rank: one evaluation for each list length, batch size and number of workers.
 EVALUATIONS = """
 import itertools, json, sys
 from types import SimpleNamespace
-import process
-process.prepare_cpu(process.local_ranks())
+from ranks import host
+host.prepare_cpu(host.local_ranks())
 from config import get_config, update_config
 from datasets import build_dataset
-from run import Run
+from training.run import Run
 
 cfg, weights, output, combinations, *opts = sys.argv[1:]
 flags = SimpleNamespace(
@@ -53,7 +53,7 @@ def lists(few_digits, tmp_path_factory):
 
 def evaluate(ranks, weights, combinations, output):
     """The scores of each (folder, batch size, workers), by a run of so many ranks."""
-    code = f"import sys, launch; sys.exit(launch.run({ranks}, 0, sys.argv[1:]))"
+    code = f"import sys; from ranks import launch; sys.exit(launch.run({ranks}, 0, sys.argv[1:]))"
     words = [CONFIG, weights, output, json.dumps(combinations), *flatten(SMALL)]
     ranks_command = [sys.executable, "-c", EVALUATIONS, *words]
     run([sys.executable, "-c", code, *ranks_command], cwd=ROOT).check()

@@ -10,14 +10,14 @@ import paddle
 import pytest
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
-import export
-import inference
-import pdparams
-from checkpoint import assign_weights, load_weights
 from config import ConfigError, get_config
 from files import new_folder
-from run import build_model
+from tools import export
+from training import inference
+from training.run import build_model
 from transforms import build_batch_transform, build_transform
+from weights import pdparams
+from weights.checkpoint import assign_weights, load_weights
 
 TOOL = ROOT / "tools" / "export.py"
 FILES = ["inference.json", "inference.pdiparams", "signature.json"]

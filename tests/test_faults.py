@@ -30,9 +30,8 @@ from processes import (
 )
 from program import CONFIG, ROOT, SMALL, flatten, metrics, run, run_program, same, start_program
 
-import checkpoint
-import pdparams
-from process import remove_batches
+from ranks.host import remove_batches
+from weights import checkpoint, pdparams
 
 LONG = {**SMALL, "TRAIN.NUM_EPOCHS": 8}  # 32 optimizer steps of two ranks
 EVERY_STEP = {**LONG, "SAVE_FREQ_STEPS": 1}

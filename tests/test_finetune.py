@@ -9,14 +9,13 @@ import pytest
 from paddle.nn import functional as F
 from program import ROOT, SMALL, metrics, run, run_program, same
 
-import checkpoint
-import cli
-import finetune_demo
-import optim
-import pdparams
 from config import get_config
-from make_digits import read_digits
-from run import Run, build_model
+from demo import finetune_demo
+from demo.make_digits import read_digits
+from tools import common
+from training import optim
+from training.run import Run, build_model
+from weights import checkpoint, pdparams
 
 TOOL = ROOT / "tools" / "finetune_demo.py"
 # A run with all that is random, and no steps at a learning rate of 0.
@@ -25,7 +24,7 @@ OPTS = {**SMALL, "TRAIN.ACCUM_ITER": 1, "TRAIN.NUM_EPOCHS": 2, "TRAIN.WARMUP_EPO
 
 
 def demo(*words):
-    return cli.run(finetune_demo.build_parser(), finetune_demo.work, list(map(str, words)))
+    return common.run(finetune_demo.build_parser(), finetune_demo.work, list(map(str, words)))
 
 
 def last(output):

@@ -13,7 +13,7 @@ from program import ROOT, run
 
 from compat import can_recompute
 from gmlp import DropPath, GMLPBlock, build_gmlp
-from model_table import count_multiply_adds, count_parameters
+from tools.model_table import count_multiply_adds, count_parameters
 
 VARIANTS = ("gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224")
 # timm 1.0.31: parameters, multiply-adds of convolution, linear and matmul at 224 pixels.

@@ -8,7 +8,7 @@ import pytest
 from golden import build, draw_images, load
 from program import SMALL, metrics, run_program
 
-import optim
+from training import optim
 from transforms import BatchTransform
 
 GPUS = paddle.device.cuda.device_count()

@@ -10,9 +10,9 @@ import paddle
 import pytest
 from program import CONFIG, SMALL, flatten, run_as_rank, run_program
 
-import run
 from compat import can_compile
-from inference import CompiledModel
+from training import run
+from training.inference import CompiledModel
 
 needs_engine = pytest.mark.skipif(not can_compile(), reason="Paddle 2.6 cannot")
 

@@ -12,8 +12,7 @@ import pytest
 from processes import HANG_SECONDS, is_running, wait_for
 from program import ROOT
 
-import launch
-import process
+from ranks import host, launch
 
 # Ranks say that they run by a file named by their number that holds their process's.
 STARTED = """
@@ -34,7 +33,8 @@ def start_launcher(folder, ranks, rank_code, gpus=0, **seconds):
     """
     command = [sys.executable, "-c", rank_code, str(folder)]
     limits = "; ".join(f"launch._{name.upper()}_SECONDS = {n}" for name, n in seconds.items())
-    code = f"import sys, launch; {limits}\nsys.exit(launch.run({ranks}, {gpus}, {command!r}))"
+    code = f"import sys; from ranks import launch; {limits}\n"
+    code += f"sys.exit(launch.run({ranks}, {gpus}, {command!r}))"
     with open(folder / "stderr", "w") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, stderr=file, start_new_session=True
@@ -197,15 +197,19 @@ def test_a_process_that_a_failed_rank_leaves_behind_is_ended(tmp_path):
 def test_a_killed_rank_is_named_with_its_log_and_what_it_left_is_removed(tmp_path, ranks):
     # Its loader worker, a child that dies with it, has a batch in shared memory.
     code = f"""
-import process, os, signal, sys, time
+from ranks import host
+import os
+import signal
+import sys
+import time
 {STARTED}
 folder = sys.argv[1]
-if rank == "0": process.report_folder(folder)
+if rank == "0": host.report_folder(folder)
 while not all(os.path.exists(f"{{folder}}/{{other}}") for other in range({ranks})): pass
 if rank == str({ranks - 1}):
     rank_pid, child = os.getpid(), os.fork()
     if child == 0:
-        process.die_with_parent(rank_pid, signal.SIGKILL)
+        host.die_with_parent(rank_pid, signal.SIGKILL)
         while True: signal.pause()
     for pid in (os.getpid(), child): open(f"/dev/shm/paddle_{{pid}}_0_1", "w")
     open(f"/dev/shm/paddle_{{os.getpid()}}0_0_1", "w")  # another process's
@@ -233,7 +237,10 @@ while True: signal.pause()
 
 def test_what_a_rank_says_because_another_was_killed_is_not_the_error(tmp_path):
     code = f"""
-import process, os, signal, sys
+from ranks import host
+import os
+import signal
+import sys
 {STARTED}
 if rank == "1":
     while not os.path.exists(f"{{sys.argv[1]}}/0"): pass
@@ -245,7 +252,7 @@ def runs(pid):
     except OSError:
         return False
 while runs(open(f"{{sys.argv[1]}}/1").read()): pass
-process.report_error("connection lost")
+host.report_error("connection lost")
 sys.exit(1)
 """
     status, err = run_launcher(tmp_path, 2, code)
@@ -253,7 +260,9 @@ sys.exit(1)
 
 
 def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
-    code = "import process, sys; process.report_error('the list is empty: é'); sys.exit(2)"
+    code = (
+        "import sys; from ranks import host; host.report_error('the list is empty: é'); sys.exit(2)"
+    )
     status, err = run_launcher(tmp_path, 3, code)
     assert status == 2
     assert err.count("the list is empty: é") == 1
@@ -261,7 +270,7 @@ def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
 
 
 def test_without_a_launcher_an_error_is_printed_at_once(environment, capsys):
-    process.report_error("wrong")
+    host.report_error("wrong")
     assert capsys.readouterr().err == "wrong\n"
 
 
@@ -307,11 +316,14 @@ def test_a_rank_that_was_asked_to_end_and_hangs_is_killed(tmp_path):
     assert not any(map(is_running, ranks))
 
 
-@pytest.mark.parametrize("sign", ["process.report_alive()", "busy.__enter__()"])
+@pytest.mark.parametrize("sign", ["host.report_alive()", "busy.__enter__()"])
 def test_ranks_that_get_on_have_the_time_they_need(tmp_path, sign):
     code = f"""
-import process, signal, sys, time
-asked, busy = [], process.busy()
+from ranks import host
+import signal
+import sys
+import time
+asked, busy = [], host.busy()
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 {STARTED}
 while not asked: time.sleep(0.01)
@@ -331,14 +343,14 @@ sys.exit(143)
 @pytest.mark.parametrize(
     "end, status, said",
     [
-        ("process.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
+        ("host.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rank 0 of 1 failed (SIGKILL)"),
         ("sys.exit(0)", 0, ""),  # it was done already
         ("sys.exit(143)", 143, ""),
     ],
 )
 def test_143_says_that_the_run_ended_as_asked(tmp_path, end, status, said):
-    code = f"import process, os, signal, sys\ndef act(*_): {end}\n"
+    code = f"import os, signal, sys; from ranks import host\ndef act(*_): {end}\n"
     launcher = start_launcher(tmp_path, 1, code + "signal.signal(signal.SIGTERM, act)\n" + WAIT)
     started(tmp_path, 1)
     launcher.terminate()

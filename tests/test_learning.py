@@ -6,9 +6,9 @@ import pytest
 from paddle.nn import functional as F
 from program import ROOT, metrics, run_program
 
-import pdparams
 from config import get_config
 from gmlp import build_gmlp
+from weights import pdparams
 
 CONFIG = ROOT / "configs" / "gmlp_digits.yaml"
 

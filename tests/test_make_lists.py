@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 from program import ROOT, SMALL, run, run_program, run_tool
 
-import check_dataset
-import make_lists
 from datasets import ImageList
 from files import show_path
+from tools import check_dataset, make_lists
 
 TOOL = ROOT / "tools" / "make_lists.py"
 

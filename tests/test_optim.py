@@ -11,9 +11,9 @@ import pytest
 from paddle import nn
 from paddle.amp import grad_scaler
 
-import optim
 from config import get_config
-from optim import EMA, NoEMA, Updater, build_optimizer, decayed_parameters, warmup_cosine
+from training import optim
+from training.optim import EMA, NoEMA, Updater, build_optimizer, decayed_parameters, warmup_cosine
 
 
 class TwoLayers(nn.Layer):

@@ -31,8 +31,8 @@ import paddle
 import pytest
 
 import files
-import pdparams
-from pdparams import WeightsError
+from weights import pdparams
+from weights.pdparams import WeightsError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "pdparams"
@@ -185,7 +185,8 @@ def test_tensors_in_parts_are_refused_with_the_cure(tmp_path):
 
 
 def test_reading_does_not_import_paddle():
-    code = "import sys, pdparams; pdparams.read(sys.argv[1]); sys.exit('paddle' in sys.modules)"
+    code = "import sys; from weights import pdparams\n"
+    code += "pdparams.read(sys.argv[1]); sys.exit('paddle' in sys.modules)"
     command = [sys.executable, "-c", code, str(DATA / "training_4.pickle")]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
 
@@ -340,7 +341,8 @@ def test_what_is_not_a_file_is_one_sentence(tmp_path):
     ],
 )
 def test_not_a_byte_is_read_of_what_the_kernel_passes_off_as_files(path, words, require_checksum):
-    code = "import sys, pdparams; pdparams.read(sys.argv[1], bool(int(sys.argv[2])))"
+    code = "import sys; from weights import pdparams\n"
+    code += "pdparams.read(sys.argv[1], bool(int(sys.argv[2])))"
     command = [sys.executable, "-c", code, path, str(int(require_checksum))]
     run = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
     assert re.search(rf"WeightsError: {path} ({words})", run.stderr.splitlines()[-1])
@@ -383,7 +385,7 @@ def test_a_file_that_does_not_fit_in_memory_is_one_sentence(tmp_path):
     path = put(tmp_path / "file.pdparams", PROTO + b"}" + b"\x8e" + struct.pack("<Q", 2**30))
     os.truncate(path, 2**30 + 100)  # a hole: it takes no room on the disk
     code = (
-        "import resource, sys, pdparams\n"
+        "import resource, sys; from weights import pdparams\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "pdparams.read(sys.argv[1])\n"
     )
@@ -864,7 +866,7 @@ SPARSE = {
 # of memory that it took (its own peak, where the kernel lets the process set that back).
 READER = """
 import json, os, resource, sys, time
-import pdparams
+from weights import pdparams
 folder, marker, *good = sys.argv[1:]
 for path in good:
     pdparams.read(path)  # what Python imports at first use is imported now
@@ -1265,7 +1267,7 @@ def test_a_bare_file_name_is_written_in_the_current_folder(tmp_path, monkeypatch
 
 def test_a_kill_in_the_middle_of_writing_leaves_a_whole_file(checkpoint):
     code = (
-        "import itertools, sys, numpy, pdparams\n"
+        "import itertools, sys, numpy; from weights import pdparams\n"
         "for epoch in itertools.count(2):\n"
         "    pdparams.write(sys.argv[1], {'epoch': epoch, 'a': numpy.full(500_000, epoch)})\n"
         "    print(epoch, flush=True)\n"

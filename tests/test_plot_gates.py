@@ -9,11 +9,10 @@ import paddle
 import pytest
 from program import CONFIG, ROOT, run
 
-import cli
-import pdparams
-import plot_gates
 from config import get_config
 from gmlp import SpatialGatingUnit, build_gmlp
+from tools import common, plot_gates
+from weights import pdparams
 
 TOOL = ROOT / "tools" / "plot_gates.py"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -42,7 +41,7 @@ def weights(tmp_path_factory):
 
 def called(*args):
     words = ["-cfg", CONFIG, *args]
-    return cli.run(plot_gates.build_parser(), plot_gates.work, [str(word) for word in words])
+    return common.run(plot_gates.build_parser(), plot_gates.work, [str(word) for word in words])
 
 
 def refused(capsys, *args):

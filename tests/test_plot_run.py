@@ -7,8 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from program import ROOT, run
 
-import cli
-import plot_run
+from tools import common, plot_run
 
 TOOL = ROOT / "tools" / "plot_run.py"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -57,7 +56,7 @@ def metrics(tmp_path):
 
 def called(*args):
     """The tool's exit status, in this process."""
-    return cli.run(plot_run.build_parser(), plot_run.work, [str(arg) for arg in args])
+    return common.run(plot_run.build_parser(), plot_run.work, [str(arg) for arg in args])
 
 
 def refused(capsys, *args):

@@ -16,16 +16,14 @@ from paddle.nn import functional as F
 from PIL import Image, ImageFont
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
-import engine
-import make_lists
-import pdparams
-import predict
-import sheet
-from checkpoint import assign_weights, load_weights
 from config import get_config
 from datasets import EvalSampler, build_dataset, build_loader
-from run import build_model
+from tools import make_lists, predict, sheet
+from training import engine
+from training.run import build_model
 from transforms import build_batch_transform
+from weights import pdparams
+from weights.checkpoint import assign_weights, load_weights
 
 TOOL = ROOT / "tools" / "predict.py"
 PHOTOS = ROOT / "tests" / "data" / "images"

@@ -20,10 +20,9 @@ import pytest
 from processes import HANG_SECONDS, batches_in_shared_memory, session_exists, wait_for
 from program import CONFIG, ROOT, SMALL, metrics, run, run_as_rank, run_program, same, start_program
 
-import checkpoint
-import pdparams
 from config import get_config
 from gmlp import build_gmlp
+from weights import checkpoint, pdparams
 
 
 def evaluate(data, output, weights, *args, **kwargs):

@@ -7,13 +7,13 @@ import paddle
 import pytest
 from program import ROOT, SMALL, metrics, run, run_program
 
-import checkpoint
-import cli
-import resolution_study
 from config import get_config
+from demo import resolution_study
 from gmlp import build_gmlp
-from pdparams import WeightsError
-from resample import (
+from tools import common
+from weights import checkpoint
+from weights.pdparams import WeightsError
+from weights.resample import (
     interpolation_matrix,
     resample_projection,
     resample_weights,
@@ -262,7 +262,7 @@ def test_the_program_resamples_pretrained_weights_and_no_checkpoint(trained, few
 
 
 def study(*words):
-    return cli.run(resolution_study.build_parser(), resolution_study.work, list(map(str, words)))
+    return common.run(resolution_study.build_parser(), resolution_study.work, list(map(str, words)))
 
 
 def test_nearest_copying_takes_the_nearest_token():

@@ -123,7 +123,8 @@ def copy_of_the_project(folder):
     """A fresh copy, as a clone would be, in a folder with a space."""
     ignored = shutil.ignore_patterns(".git", ".venv*", "output", "data", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    shutil.copytree(ROOT / "tools" / "data", folder / "tools" / "data")
+    for room in ("tools", "demo"):
+        shutil.copytree(ROOT / room / "data", folder / room / "data")
     return folder
 
 

@@ -8,7 +8,9 @@ from program import ROOT, run
 # Each rank trains: a step ends when all have begun it.  A rank's signal comes at its own step.
 RANK = """
 import os, signal, sys, time
-import paddle, stop, utils
+import paddle
+from ranks import stop
+import utils
 
 rank, ranks = utils.init_distributed()
 signal_at = {signal_at}
@@ -48,7 +50,9 @@ def run_ranks(folder, code, signal_at, ranks=3, before=""):
     """(exit status, what each rank said, stderr) of ranks that run `code`."""
     program = before + RANK.format(code=code.strip(), signal_at=signal_at)
     command = [sys.executable, "-c", program, str(folder)]
-    launcher = f"import sys, launch; sys.exit(launch.run({ranks}, 0, {command!r}))"
+    launcher = (
+        f"import sys; from ranks import launch; sys.exit(launch.run({ranks}, 0, {command!r}))"
+    )
     result = run([sys.executable, "-c", launcher], cwd=ROOT, GLOG_minloglevel="2")
     said = [(folder / str(rank)) for rank in range(ranks)]
     return result.status, [path.read_text() if path.exists() else "" for path in said], result.err
@@ -90,7 +94,7 @@ def test_a_barrier_to_which_a_rank_never_comes_ends_the_others(tmp_path):
     while True: time.sleep(1)
 """
     status, said, err = run_ranks(
-        tmp_path, code, {}, ranks=2, before="import stop; stop._BARRIER_SECONDS = 2\n"
+        tmp_path, code, {}, ranks=2, before="from ranks import stop; stop._BARRIER_SECONDS = 2\n"
     )
     assert status == 1 and said == ["0", "1"]
     assert "_wait_for_all" in err

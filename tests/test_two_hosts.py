@@ -15,7 +15,7 @@ import pytest
 from processes import HANG_SECONDS
 from program import CONFIG, ROOT, SMALL, flatten, metrics, run, run_program
 
-import pdparams
+from weights import pdparams
 
 EPOCHS = 5  # enough that one host can be killed before the run is over
 OPTS = {**SMALL, "TRAIN.NUM_EPOCHS": EPOCHS}

@@ -18,10 +18,13 @@ import os
 import signal
 import sys
 from multiprocessing import connection
+from pathlib import Path
 
-import cli
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config, update_config
+from ranks import host
+from tools import common
 
 # Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.
 
@@ -52,14 +55,14 @@ def work(args):
             f"{args.data_path} has no {' or '.join(args.lists)} (README, data preparation)"
         )
     workers = config.DATA.NUM_WORKERS
-    workers = process.available_cores() if workers < 0 else max(1, workers)
+    workers = host.available_cores() if workers < 0 else max(1, workers)
     return check(args.data_path, args.lists, config.MODEL.NUM_CLASSES, workers)
 
 
 def check(root, names, num_classes, workers):
     """Checks the lists of a folder, and prints what is wrong.  Returns the exit status."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core does the work
-    cli.import_paddle()
+    common.import_paddle()
     from tqdm import tqdm
 
     from datasets import DataError, ImageDataset, ImageList
@@ -174,7 +177,7 @@ def _work(dataset, pipe, parent):
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    process.die_with_parent(parent, signal.SIGKILL)
+    host.die_with_parent(parent, signal.SIGKILL)
     while True:
         start, end = pipe.recv()
         problems = []
@@ -244,4 +247,4 @@ def empty_classes(images, num_classes):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

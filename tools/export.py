@@ -28,13 +28,16 @@ import json
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 
-import cli
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config, update_config
 from files import new_folder, show_path, write_text
-from pdparams import sha256
-from predict import Problems, find_paths, load_model, read_batches, read_classes
+from ranks import host
+from tools import common
+from tools.predict import Problems, find_paths, load_model, read_batches, read_classes
+from weights.pdparams import sha256
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -70,10 +73,10 @@ def work(args):
     names = [each.name for each in read_classes(args.names, config.MODEL.NUM_CLASSES)]
     problems = Problems("export.py")
     paths = find_paths(args.paths, problems)
-    cli.import_paddle()
+    common.import_paddle()
     if args.onnx:
         import_paddle2onnx()
-    import inference
+    from training import inference
 
     model = with_probabilities(
         load_model(config, args.pretrained, problems.note), config, args.preprocess
@@ -82,15 +85,15 @@ def work(args):
         program = export_paddle(model, config, args.preprocess, folder)
         engines = {"Paddle Inference": inference.load(program)}
         if args.onnx:
-            with process.quiet():
+            with host.quiet():
                 path = export_onnx(program)
             engines["ONNX Runtime"] = onnx_engine(path)
-        with process.quiet():
+        with host.quiet():
             count, gaps = compare(model, engines, config, args.preprocess, paths, problems)
         for name, gap in gaps.items():
             print(f"{name}: largest difference of a probability {gap:.1e}, on {count} images")
         if not all(gap <= _TOLERANCE for gap in gaps.values()):  # so that a NaN fails
-            raise cli.Failed(f"an export is more than {_TOLERANCE} off: nothing is written")
+            raise common.Failed(f"an export is more than {_TOLERANCE} off: nothing is written")
         signature = describe(config, args, names, folder)
         signature["compared"] = {"images": count, "largest_difference": gaps}
         text = json.dumps(signature, indent=2, ensure_ascii=False) + "\n"
@@ -170,7 +173,7 @@ def export_paddle(model, config, preprocess, folder):
     """Writes a model for Paddle Inference.  Returns its program's path."""
     import paddle
 
-    from inference import program_in
+    from training.inference import program_in
 
     shape, dtype = input_of(config, preprocess)
     spec = paddle.static.InputSpec(shape, dtype, _INPUT)
@@ -188,7 +191,7 @@ def import_onnx():
     """Raises ConfigError, with the cure, where a package that -onnx needs cannot be imported."""
     for name in ("paddle2onnx", "onnx", "onnxruntime"):
         try:
-            # paddle2onnx imports Paddle, which must not be before cli.import_paddle().
+            # paddle2onnx imports Paddle, which must not be before common.import_paddle().
             found = importlib.util.find_spec(name)
         except (ImportError, ValueError):
             found = None
@@ -233,7 +236,7 @@ def export_onnx(program):
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
         onnx.checker.check_model(graph)
     except Exception as error:  # of many types
-        raise cli.Failed(f"paddle2onnx cannot convert this model: {error}") from error
+        raise common.Failed(f"paddle2onnx cannot convert this model: {error}") from error
     path = os.path.join(os.path.dirname(program), "model.onnx")
     with open(path, "wb") as file:
         file.write(graph.SerializeToString())
@@ -288,9 +291,9 @@ def compare(model, engines, config, preprocess, paths, problem):
                     gaps[name] = np.maximum(gaps[name], np.abs(run(part) - wanted).max())
             count += len(names)
     if not count:
-        raise cli.Failed("no image could be read: there is nothing to compare with")
+        raise common.Failed("no image could be read: there is nothing to compare with")
     return count, {name: float(gap) for name, gap in gaps.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

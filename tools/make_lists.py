@@ -24,9 +24,11 @@ import shlex
 import signal
 import sys
 
-import cli
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError
 from files import new_file, show_path
+from tools import common
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp",
                   ".gif")  # fmt: skip
@@ -69,7 +71,7 @@ def build_parser():
 
 def work(args):
     """Writes the lists that the arguments ask for."""
-    signal.signal(signal.SIGTERM, cli.leave)  # so that temporary files go
+    signal.signal(signal.SIGTERM, common.leave)  # so that temporary files go
     root, fraction = args.data_path, args.val_fraction
     if fraction is not None and not 0 < fraction < 1:
         raise ConfigError(f"-val_fraction is {fraction}, it must be above 0 and below 1")
@@ -339,4 +341,4 @@ def write_files(folder, texts):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

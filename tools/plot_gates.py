@@ -15,10 +15,13 @@ matplotlib.
 import argparse
 import math
 import sys
+from pathlib import Path
 
-import cli
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config, update_config
-from plot_run import check_output, import_pyplot, save
+from tools import common
+from tools.plot_run import check_output, import_pyplot, save
 
 _NAME = "mixer_layers.{}.mlp_channels.gate.proj.weight"
 _MAPS = 600  # more take minutes and cannot be seen
@@ -110,9 +113,9 @@ def read_filters(config, path):
     Raises:
         ConfigError, WeightsError: the file or the config cannot be used, or they do not fit.
     """
-    cli.import_paddle()
-    import checkpoint
-    from run import build_model
+    common.import_paddle()
+    from training.run import build_model
+    from weights import checkpoint
 
     weights = checkpoint.load_weights(path)
     take_sizes(config, weights)
@@ -187,4 +190,4 @@ def draw_map(axis, values, place):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

@@ -11,10 +11,13 @@ counts once, as it was last.  -output is replaced where it exists.  Needs matplo
 import argparse
 import os
 import sys
+from pathlib import Path
 
-import cli
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError
 from files import new_file
+from tools import common
 
 # Readable on white, and apart from each other for the colour-blind.
 _COLOURS = ("#0b62a4", "#d0582b", "#2b8a57", "#8a4fa0", "#b8860b", "#52636e", "#c2387a", "#12919c")
@@ -119,7 +122,7 @@ def read_run(path):
         ConfigError: there is no training in it, or a damaged line.
         OSError: it cannot be read.
     """
-    cli.import_paddle()
+    common.import_paddle()
     from metrics import read_metrics
 
     if os.path.isdir(path):
@@ -282,4 +285,4 @@ def add_legends(plt, figure, axes, runs, names):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

@@ -23,12 +23,15 @@ import math
 import os
 import sys
 import warnings
+from pathlib import Path
 
-import cli
-import pdparams
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config
 from files import new_file, show_path
-from pdparams import WeightsError
+from tools import common
+from weights import pdparams
+from weights.pdparams import WeightsError
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -55,7 +58,7 @@ def work(args):
     check_arguments(args)
     if args.verify:
         import_timm()
-    cli.import_paddle()
+    common.import_paddle()
     weights = read(args.source, args.strip)
     config, model = find_model(weights, args.source)
     weights = {name: weights[name] for name in model.state_dict()}  # in the model's order
@@ -95,7 +98,7 @@ def read(path, strip=False):
         WeightsError: the file is missing, damaged, or holds anything but weights.
         ConfigError: there is nothing to strip.
     """
-    import checkpoint
+    from weights import checkpoint
 
     if path.endswith(_TORCH_SUFFIXES):
         weights = read_torch(path)
@@ -197,8 +200,8 @@ def find_model(weights, path):
     Raises:
         WeightsError: these are not a gMLP's; names the first differences.
     """
-    from checkpoint import check_weights
     from gmlp import build_gmlp
+    from weights.checkpoint import check_weights
 
     block = "mixer_layers.0.mlp_channels"
     shapes = {name: list(array.shape) for name, array in weights.items()}
@@ -241,7 +244,7 @@ def _ratio(hidden, dim):
 def describe(config):
     """The flags that build a model of this config's sizes."""
     mixer, sizes = dict(config.MODEL.MIXER), {}
-    configs = [get_config(str(path)) for path in sorted((cli.ROOT / "configs").glob("*.yaml"))]
+    configs = [get_config(str(path)) for path in sorted((common.ROOT / "configs").glob("*.yaml"))]
     alike = [each for each in configs if dict(each.MODEL.MIXER) == mixer]
     # Of several the one for images of this size, such as of the digits' two.
     alike.sort(key=lambda each: each.DATA.IMAGE_SIZE != config.DATA.IMAGE_SIZE)
@@ -314,7 +317,7 @@ def verify(weights, config, path):
     text = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
     text = f"largest difference from timm, in float64 on two random images: {text}"
     if not all(gap <= _TOLERANCE for gap in gaps.values()):  # so that a NaN fails
-        raise cli.Failed(f"{show_path(path)}: {text}; above {_TOLERANCE}, nothing is written")
+        raise common.Failed(f"{show_path(path)}: {text}; above {_TOLERANCE}, nothing is written")
     print(text)
 
 
@@ -322,8 +325,8 @@ def run_ours(weights, config, images):
     """(logits, features) of this repository's model, float64 arrays."""
     import paddle
 
-    from checkpoint import assign_weights
     from gmlp import build_gmlp
+    from weights.checkpoint import assign_weights
 
     paddle.set_device("cpu")
     model = build_gmlp(config).to(dtype="float64")
@@ -360,4 +363,4 @@ def run_timm(weights, config, images):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

@@ -33,14 +33,17 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-import cli
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config, update_config
 from files import show_path
-from make_lists import BROKEN, DEAD_LINK, IMAGE_SUFFIXES, NO_FILE, find_images
-from sheet import PLOT_IMAGES, Sheet
+from ranks import host
+from tools import common
+from tools.make_lists import BROKEN, DEAD_LINK, IMAGE_SUFFIXES, NO_FILE, find_images
+from tools.sheet import PLOT_IMAGES, Sheet
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -109,7 +112,7 @@ def work(args):
     sheet = Sheet(args.plot, args.font) if args.plot else None
     problems = Problems("predict.py")
     paths = find_paths(args.paths, problems)
-    cli.import_paddle()
+    common.import_paddle()
     from tqdm import tqdm
 
     from datasets import DataError, explain_dead_workers
@@ -129,7 +132,7 @@ def work(args):
                     sheet.add(predictions)
                 bar.update(done)
     except DataError as error:  # of the loader: images were reported
-        raise cli.Failed(str(error)) from error
+        raise common.Failed(str(error)) from error
     if sheet:
         sheet.save(problems)
     return 1 if problems.count else 0
@@ -263,10 +266,10 @@ def load_model(config, path, note):
     Raises:
         ConfigError, WeightsError: there is no such model, or these are not its weights.
     """
-    import checkpoint
     import utils
-    from resample import resample_weights
-    from run import build_model
+    from training.run import build_model
+    from weights import checkpoint
+    from weights.resample import resample_weights
 
     if config.DATA.IMAGE_CHANNELS != 3:
         raise ConfigError(f"DATA.IMAGE_CHANNELS is {config.DATA.IMAGE_CHANNELS}: images are RGB: 3")
@@ -371,7 +374,7 @@ def read_batches(config, paths, problem):
     sampler = EvalSampler(len(paths), config.DATA.BATCH_SIZE_EVAL, 0, 1)
     workers = config.DATA.NUM_WORKERS
     if workers < 0:  # a single batch needs none
-        workers = process.default_workers(paddle.get_device().startswith("gpu"))
+        workers = host.default_workers(paddle.get_device().startswith("gpu"))
         workers = workers if len(sampler) > 1 else 0
     with contextlib.closing(build_loader(images, sampler, workers)) as batches:
         for pixels, indices in batches:
@@ -398,7 +401,7 @@ def predict(model, config, paths, classes, k, problem):
         in the list.
 
     Raises:
-        cli.Failed: the model gives infinities or NaN.
+        common.Failed: the model gives infinities or NaN.
         DataError: the loader cannot work.
     """
     import numpy as np
@@ -422,7 +425,7 @@ def predict(model, config, paths, classes, k, problem):
             predictions = []
             for row, path in enumerate(names):
                 if not np.isfinite(logits[row]).all():
-                    raise cli.Failed(
+                    raise common.Failed(
                         f"{show_path(path)}: the model's outputs for it are not finite numbers: "
                         "the weights are spoilt"
                     )
@@ -470,4 +473,4 @@ _WRITERS = {"table": write_table, "jsonl": write_jsonl, "csv": write_csv}
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

@@ -3,6 +3,10 @@
 import io
 import math
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError
 from files import new_file

@@ -8,14 +8,16 @@ import multiprocessing
 import os
 import sys
 import time
+from pathlib import Path
 
-import cli
-import launch
-import process
-from benchmark_worker import added_memory, serve
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
+
 from config import get_config
+from ranks import host, launch
+from tools import common
+from tools.benchmark.worker import added_memory, serve
 
-# Paddle comes with cli.import_paddle(), once the number of ranks is known.
+# Paddle comes with common.import_paddle(), once the number of ranks is known.
 
 
 def versions():
@@ -55,7 +57,7 @@ def decode(cfg, folder, images, train, recipe=False):
     """
     from datasets import build_dataset
 
-    process.keep_freed_memory()  # as a run does
+    host.keep_freed_memory()  # as a run does
     config = _config(cfg, DATA__DATA_PATH=folder) if recipe else _augmented(cfg, folder)
     dataset = build_dataset(config, train)
     epochs = iter(range(1, sys.maxsize))  # each with other draws
@@ -95,7 +97,7 @@ def loader(cfg, folder, train, batch_size, workers, lead, batches):
     from datasets import EvalSampler, TrainSampler, build_dataset, build_loader
     from transforms import build_batch_transform
 
-    process.keep_freed_memory()  # as a run does
+    host.keep_freed_memory()  # as a run does
     config = _augmented(cfg, folder)
     dataset = build_dataset(config, train)
     transform = build_batch_transform(config, train)
@@ -135,12 +137,12 @@ def evaluate(cfg, folder, batch_size, batches, kind):
     Args:
         kind: as CPU_INFERENCE: "layers", or what Paddle Inference computes in.
     """
-    import engine
-    from inference import CompiledModel
-    from run import build_model
+    from training import engine
+    from training.inference import CompiledModel
+    from training.run import build_model
     from transforms import build_batch_transform
 
-    process.keep_freed_memory()  # as a run does
+    host.keep_freed_memory()  # as a run does
     config = _config(cfg, DATA__DATA_PATH=folder)
     model, size = build_model(config), config.DATA.IMAGE_SIZE
     if kind != "layers":
@@ -160,9 +162,8 @@ def _training(config):
     """The parts of engine.train_one_epoch, as trainer.py puts them together, without a data set."""
     import paddle
 
-    import engine
-    import optim
-    from run import build_model
+    from training import engine, optim
+    from training.run import build_model
     from transforms import build_batch_transform
 
     model, no_sync = build_model(config), contextlib.nullcontext
@@ -192,10 +193,10 @@ def train(cfg, folder, batch_size, steps, recompute=False, keep_freed=True):
     """Whole training steps of this rank, and of the others at the same time."""
     import paddle
 
-    import engine
+    from training import engine
 
     if keep_freed:
-        process.keep_freed_memory()
+        host.keep_freed_memory()
     config = _config(cfg, DATA__DATA_PATH=folder, TRAIN__RECOMPUTE=recompute)
     training = _training(config)
     batch = _batch(config, batch_size)
@@ -271,7 +272,7 @@ def exchange(cfg):
     """An all-reduce of as many bytes as the model has gradients."""
     import paddle
 
-    from run import build_model
+    from training.run import build_model
 
     size = sum(int(param.size) for param in build_model(_config(cfg)).parameters())
     gradients = paddle.zeros([size])
@@ -287,7 +288,7 @@ def exchange(cfg):
 def facts(cfg):
     """What benchmark_plan.py needs to know of a model and its recipe."""
     from gmlp import build_gmlp
-    from model_table import count_multiply_adds, count_parameters
+    from tools.model_table import count_multiply_adds, count_parameters
 
     config = _config(cfg, MODEL__DROPPATH=0.0)
     depth, size = config.MODEL.MIXER.DEPTH, config.DATA.IMAGE_SIZE
@@ -426,8 +427,8 @@ def _share(read):
     """Rank 0's request, on every rank; waits for it as long as it takes."""
     import paddle
 
-    import stop
     import utils
+    from ranks import stop
 
     request = read() if paddle.distributed.get_rank() == 0 else None
     stop.barrier()
@@ -436,10 +437,10 @@ def _share(read):
 
 def main():
     ranks = int(sys.argv[1])
-    if ranks > 1 and not process.is_rank():
+    if ranks > 1 and not host.is_rank():
         command = [sys.executable, os.path.abspath(__file__), sys.argv[1]]
         return launch.run(ranks, 0, command)
-    cli.import_paddle()
+    common.import_paddle()
     import utils
 
     rank, _ = utils.init_distributed()

@@ -14,7 +14,7 @@ import tempfile
 import paddle
 
 from compat import can_compile
-from process import quiet
+from ranks.host import quiet
 
 
 class CompiledModel:

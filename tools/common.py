@@ -1,11 +1,11 @@
 """What the command-line tools share: the modules in reach, and one way to end.
 
-import cli
+from tools import common
 
-def work(args): ...      # imports Paddle by cli.import_paddle(), after the arguments are known
+def work(args): ...      # imports Paddle by common.import_paddle(), after the arguments are known
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))
 """
 
 import os
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 try:
-    import process
     from config import ConfigError
-    from pdparams import WeightsError
+    from ranks import host
+    from weights.pdparams import WeightsError
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
@@ -57,7 +57,7 @@ def run(parser, work, argv=None):
         )
         return 1
     except (Failed, OSError, *_user_errors()) as error:
-        print(f"{parser.prog}: {process.describe_error(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {host.describe_error(error)}", file=sys.stderr)
         asked_wrongly = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
         return 2 if isinstance(error, (*asked_wrongly, *_user_errors())) else 1
 
@@ -76,6 +76,6 @@ def leave(number, frame):
 
 def import_paddle():
     """Paddle, on all cores and without its notes; SIGTERM then ends a tool as Ctrl-C does."""
-    paddle = process.import_paddle()
+    paddle = host.import_paddle()
     signal.signal(signal.SIGTERM, leave)
     return paddle

@@ -19,10 +19,13 @@ import contextlib
 import math
 import os
 import sys
+from pathlib import Path
 
-import cli
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config, update_config
+from ranks import host
+from tools import common
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -64,9 +67,9 @@ def work(args):
             raise ConfigError(
                 f"-image_sizes {size}: it must be a multiple of the patch size, {patch} pixels"
             )
-    os.environ.setdefault("OMP_NUM_THREADS", str(process.available_cores()))
-    cli.import_paddle()
-    import checkpoint
+    os.environ.setdefault("OMP_NUM_THREADS", str(host.available_cores()))
+    common.import_paddle()
+    from weights import checkpoint
 
     weights = checkpoint.load_weights(args.pretrained)
     checkpoint.check_weights(_build(config, own), weights, args.pretrained)
@@ -89,7 +92,7 @@ def convert(weights, config, size, method):
     """The weights for images of `size` pixels, by one of _METHODS."""
     import paddle
 
-    from resample import resample_weights
+    from weights.resample import resample_weights
 
     side = size // config.MODEL.MIXER.PATCH_SIZE
     if method == "resampled":
@@ -118,11 +121,11 @@ def nearest(array, side):
 
 def accuracy(config, size, weights, title):
     """Acc@1 in percent on the validation list, at `size` pixels with weights for that size."""
-    import checkpoint
     import datasets
-    import engine
     import utils
+    from training import engine
     from transforms import build_batch_transform
+    from weights import checkpoint
 
     config = config.clone()
     config.DATA.IMAGE_SIZE = size
@@ -133,7 +136,7 @@ def accuracy(config, size, weights, title):
     sampler = datasets.EvalSampler(len(images), batch_size, 0, 1)
     workers = config.DATA.NUM_WORKERS
     if workers < 0:
-        workers = process.default_workers(on_gpu=False)
+        workers = host.default_workers(on_gpu=False)
     transform = build_batch_transform(config, train=False)
     with contextlib.closing(datasets.build_loader(images, sampler, workers)) as batches:
         bar = utils.progress_bar(batches, len(sampler), title, 0)
@@ -141,7 +144,7 @@ def accuracy(config, size, weights, title):
 
 
 def _build(config, size):
-    from run import build_model
+    from training.run import build_model
 
     config = config.clone()
     config.DATA.IMAGE_SIZE = size
@@ -153,4 +156,4 @@ def _share(score, own):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

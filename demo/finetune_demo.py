@@ -18,9 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cli
-import launch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
+
 from config import ConfigError
+from ranks import launch
+from tools import common
 
 _CONFIG = os.path.join("configs", "gmlp_digits_finetune.yaml")
 # What -opts says of each run on the digits 5-9; all but "scratch" start from the weights of 0-4.
@@ -48,7 +50,7 @@ def build_parser():
 
 def work(args):
     """Runs the demo that the arguments ask for."""
-    signal.signal(signal.SIGTERM, cli.leave)  # so that the run that is on ends too
+    signal.signal(signal.SIGTERM, common.leave)  # so that the run that is on ends too
     for flag in ("epochs", "pretrain_epochs"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"-{flag} is {getattr(args, flag)}, it must be at least 1")
@@ -74,7 +76,7 @@ def work(args):
 
 def make_lists(output):
     """The two halves of the digits, as two data sets of the same images' folder."""
-    from make_digits import make_digits
+    from demo.make_digits import make_digits
 
     digits = output / "digits"
     make_digits(digits)
@@ -90,7 +92,7 @@ def train(output, name, seed, classes, epochs, data, words):
     """Runs the program once.  Returns the run's folder.
 
     Raises:
-        cli.Failed: the run ended with an error, which it has printed.
+        common.Failed: the run ended with an error, which it has printed.
     """
     command = ["python", "main_multi_gpu.py", "-cfg", _CONFIG, "-data_path", str(output / data),
                "-output", str(output / name), "-num_classes", str(classes), "-seed", str(seed),
@@ -100,7 +102,7 @@ def train(output, name, seed, classes, epochs, data, words):
     command += [*words, "TRAIN.NUM_EPOCHS", str(epochs)]
     print(shlex.join(command), flush=True)
     # Paths are those of the folder where the tool was started.
-    command[:4] = [sys.executable, cli.ROOT / command[1], "-cfg", cli.ROOT / _CONFIG]
+    command[:4] = [sys.executable, common.ROOT / command[1], "-cfg", common.ROOT / _CONFIG]
     with open(output / f"{name}.txt", "w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -110,7 +112,9 @@ def train(output, name, seed, classes, epochs, data, words):
                 run.terminate()
                 run.wait()
     if status:
-        raise cli.Failed(f"{output / name}.txt: the run ended with exit status {status}; see there")
+        raise common.Failed(
+            f"{output / name}.txt: the run ended with exit status {status}; see there"
+        )
     (folder,) = (output / name).glob("train-*")
     return folder
 
@@ -122,4 +126,4 @@ def accuracies(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

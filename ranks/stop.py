@@ -22,7 +22,7 @@ import time
 import paddle
 from paddle import distributed as dist
 
-from process import report_alive
+from ranks.host import report_alive
 
 # Further behind is only a rank whose host is gone without closing its connections.  This one waits
 # for it in C++ code then, which neither ends by itself nor lets Python run.

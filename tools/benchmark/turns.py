@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import cli
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
+
 from config import ConfigError, get_config
+from ranks import host
+from tools import common
 
 TOOLS = Path(__file__).resolve().parent
-DEFAULT_CFG = str(cli.ROOT / "configs" / "gmlp_s16_224.yaml")
+DEFAULT_CFG = str(common.ROOT / "configs" / "gmlp_s16_224.yaml")
 PHOTOGRAPHS = ("landscape_500x375.jpg", "portrait_333x500.jpg")
 
 
@@ -75,10 +77,10 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            raise cli.Failed(f"{self.name} has ended (exit status {status}); see above")
+            raise common.Failed(f"{self.name} has ended (exit status {status}); see above")
         answer = json.loads(line)
         if "error" in answer:
-            raise cli.Failed(f"{self.name}: {answer['error']}")
+            raise common.Failed(f"{self.name}: {answer['error']}")
         return answer
 
     def close(self):
@@ -99,12 +101,12 @@ class Bench:
     def __init__(self, args, folder, stack):
         self.args, self.folder, self._stack = args, folder, stack
         self.config = get_config(getattr(args, "cfg", DEFAULT_CFG))
-        self.threads = getattr(args, "threads", None) or process.available_cores()
+        self.threads = getattr(args, "threads", None) or host.available_cores()
         self.versions, self.results = {}, []
         self.load = os.getloadavg()
 
     def ours(self, threads=None, ranks=1):
-        command = [sys.executable, str(TOOLS / "benchmark_ours.py"), str(ranks)]
+        command = [sys.executable, str(TOOLS / "ours.py"), str(ranks)]
         return self._start("ours", command, threads or max(1, self.threads // ranks))
 
     def peer(self, threads=None):
@@ -112,7 +114,7 @@ class Bench:
         if not self.args.peer:
             return None
         threads = threads or self.threads
-        command = [self.args.peer, str(TOOLS / "benchmark_peer.py"), str(threads)]
+        command = [self.args.peer, str(TOOLS / "peer.py"), str(threads)]
         return self._start("peer", command, threads)
 
     def _start(self, name, command, threads):
@@ -247,7 +249,7 @@ def make_images(folder, count):
     from PIL import Image, ImageOps
 
     photographs = [
-        Image.open(cli.ROOT / "tests" / "data" / "images" / name).convert("RGB")
+        Image.open(common.ROOT / "tests" / "data" / "images" / name).convert("RGB")
         for name in PHOTOGRAPHS
     ]
     rng = np.random.default_rng(0)
@@ -287,7 +289,7 @@ def prepare_images(bench, lines=0):
 
 def _listed(folder, count):
     """The first images of a user's folder, which can be read; raises DataError otherwise."""
-    cli.import_paddle()
+    common.import_paddle()
     from datasets import ImageDataset, ImageList
 
     any_label = 10**9
@@ -305,6 +307,6 @@ def describe_machine(bench):
         model = next(line for line in file if line.startswith("model name")).split(":")[1].strip()
     return {
         "cpu": model,
-        "cores": process.available_cores(),
+        "cores": host.available_cores(),
         "load before": f"{bench.load[0]:.1f}",
     }

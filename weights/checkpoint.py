@@ -15,10 +15,10 @@ import shutil
 import numpy as np
 import paddle
 
-import pdparams
 from compat import create_accumulators
 from files import new_file
-from pdparams import WeightsError
+from weights import pdparams
+from weights.pdparams import WeightsError
 
 _HEAD = ("head.weight", "head.bias")
 

@@ -25,20 +25,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-import benchmark_plan
-import cli
-from benchmark_turns import (
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
+
+from config import ConfigError
+from files import new_file
+from tools import common
+from tools.benchmark import plan as planner
+from tools.benchmark.turns import (
     DEFAULT_CFG,
-    TOOLS,
     Bench,
     Entry,
     Group,
     describe_machine,
     prepare_images,
 )
-from config import ConfigError
-from files import new_file
 
 
 def build_parser():
@@ -103,8 +105,8 @@ OPTIONS = {
               "help": "lines of the image list (default 1281167, ImageNet's)"},
     "parts": {"metavar": "PART", "nargs": "+", "choices": ["list", "train"],
               "default": ["list", "train"], "help": "what to measure (default: list train)"},
-    "device": {"metavar": "NAME", "choices": list(benchmark_plan.DEVICES), "default": "a100",
-               "help": f"{', '.join(benchmark_plan.DEVICES)} (default a100)"},
+    "device": {"metavar": "NAME", "choices": list(planner.DEVICES), "default": "a100",
+               "help": f"{', '.join(planner.DEVICES)} (default a100)"},
     "devices": {"metavar": "N", "type": _positive, "nargs": "+", "default": [1, 8, 64, 512],
                 "help": "numbers of devices (default 1 8 64 512)"},
     "loader_rate": {"metavar": "X", "type": _rate,
@@ -131,7 +133,7 @@ DEFAULTS = {
     ("train", "batch_size"): {"default": 8}, ("train", "batches"): {"default": 1},
     ("train", "repetitions"): {"default": 5}, ("eval", "repetitions"): {"default": 5},
     ("memory", "batch_size"): {"default": 16},
-    ("memory", "cfg"): {"default": str(cli.ROOT / "configs" / "gmlp_b16_224.yaml"),
+    ("memory", "cfg"): {"default": str(common.ROOT / "configs" / "gmlp_b16_224.yaml"),
                         "help": "the model of the training step (default B/16)"},
 }
 # fmt: on
@@ -248,8 +250,8 @@ def start(bench):
     for worker in (bench.ours(), bench.peer()):  # for their versions, and whether they have timm
         if worker:
             worker.close()
-    main = str(cli.ROOT / "main_multi_gpu.py")
-    reach = f"import sys; sys.path.insert(0, {str(cli.ROOT)!r}); "
+    main = str(common.ROOT / "main_multi_gpu.py")
+    reach = f"import sys; sys.path.insert(0, {str(common.ROOT)!r}); "
 
     def entry(name, role, *command):
         def measure():
@@ -257,7 +259,7 @@ def start(bench):
             done = subprocess.run(command, capture_output=True, text=True)
             seconds = time.perf_counter() - begin
             if done.returncode:
-                raise cli.Failed(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+                raise common.Failed(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
             return {"seconds": seconds}
 
         return Entry(name, role, measure)
@@ -270,8 +272,7 @@ def start(bench):
         entry("limit: Python alone", "limit", python, "-c", "pass"),
     ]
     if args.peer:
-        code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import benchmark_peer; "
-        code += "benchmark_peer.import_timm()"
+        code = reach + "from tools.benchmark import peer; peer.import_timm()"
         entries.insert(3, entry("import timm, with PyTorch", "peer", args.peer, "-c", code))
     bench.measure(Group("start", entries))
 
@@ -339,7 +340,7 @@ def planning(bench):
     given = [name for name in _PLANNED if getattr(args, name) != OPTIONS[name].get("default")]
     if args.check and given:
         raise ConfigError(f"-check predicts for this CPU: it takes no -{given[0]}")
-    benchmark_plan.run(bench)
+    planner.run(bench)
 
 
 _TURNS = ("repetitions", "warmup")
@@ -376,7 +377,7 @@ COMMANDS = {
 
 def work(args):
     """Runs the subcommand, and writes what it found where -json says."""
-    signal.signal(signal.SIGTERM, cli.leave)  # so that the workers end too
+    signal.signal(signal.SIGTERM, common.leave)  # so that the workers end too
     with contextlib.ExitStack() as stack:
         file = None
         if args.json:  # now, so that what cannot be written fails before minutes of measuring
@@ -400,4 +401,4 @@ def work(args):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(build_parser(), work))
+    sys.exit(common.run(build_parser(), work))

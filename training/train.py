@@ -9,17 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import paddle
 
-import checkpoint
-import engine
-import optim
-import pdparams
-import stop
 import utils
 from config import ConfigError
 from datasets import DataError, TrainSampler, batches_per_epoch
-from process import busy
-from run import build_model, describe_scores
+from ranks import stop
+from ranks.host import busy
+from training import engine, optim
+from training.run import build_model, describe_scores
 from transforms import build_batch_transform
+from weights import checkpoint, pdparams
 
 
 class _Place(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-import stop
+from ranks import stop
 from utils import MeanMeter, all_reduce_sum
 
 _BATCH_STREAM = 3  # what the draw is for; datasets.py has 1 and 2

@@ -9,9 +9,9 @@ import sys
 import pytest
 from program import ROOT, SMALL, flatten, run_as_rank
 
-import process
-import run
 from config import ConfigError
+from ranks import host
+from training import run
 
 V1 = "5:memory:/\n4:cpu,cpuacct:/job\n3:cpuset:/other\n0::/\n"
 
@@ -49,7 +49,7 @@ V1 = "5:memory:/\n4:cpu,cpuacct:/job\n3:cpuset:/other\n0::/\n"
     ],
 )
 def test_cores_are_those_of_the_affinity_within_the_cgroups_quotas(monkeypatch, files, cores):
-    assert 1 <= process.available_cores() <= os.cpu_count()
+    assert 1 <= host.available_cores() <= os.cpu_count()
 
     def fake_open(path):
         name = path.removeprefix("/sys/fs/cgroup/")
@@ -57,20 +57,20 @@ def test_cores_are_those_of_the_affinity_within_the_cgroups_quotas(monkeypatch, 
             raise FileNotFoundError(path)
         return io.StringIO(files[name])
 
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(process, "open", fake_open, raising=False)
-    assert process.available_cores() == cores
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(host, "open", fake_open, raising=False)
+    assert host.available_cores() == cores
 
 
 @pytest.mark.parametrize(
     ("already", "ranks", "threads"), [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3")]
 )
 def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, already, ranks, threads):
-    monkeypatch.setattr(process, "available_cores", lambda: 8)
+    monkeypatch.setattr(host, "available_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", already or "")
     if already is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    process.prepare_cpu(ranks)
+    host.prepare_cpu(ranks)
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
@@ -89,7 +89,7 @@ def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, alread
 )
 def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_rank, local_ranks):
     environment(**variables)
-    assert (process.is_rank(), process.local_ranks()) == (is_rank, local_ranks)
+    assert (host.is_rank(), host.local_ranks()) == (is_rank, local_ranks)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_
 def test_loader_workers_are_shared_out_from_the_cores(
     monkeypatch, environment, cores, ranks, on_gpu, workers
 ):
-    monkeypatch.setattr(process, "available_cores", lambda: cores)
+    monkeypatch.setattr(host, "available_cores", lambda: cores)
     environment(PADDLE_LOCAL_SIZE=str(ranks))
-    assert process.default_workers(on_gpu) == workers
+    assert host.default_workers(on_gpu) == workers
 
 
 @pytest.mark.parametrize(
@@ -128,25 +128,25 @@ def test_mkl_is_told_of_avx2_on_amd_alone(monkeypatch, cpu, already, kernels):
             raise FileNotFoundError(path)
         return io.StringIO(cpu)
 
-    monkeypatch.setattr(process, "open", fake_open, raising=False)
+    monkeypatch.setattr(host, "open", fake_open, raising=False)
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", already or "")
     if already is None:
         monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
-    process.prepare_cpu(1)
+    host.prepare_cpu(1)
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == kernels
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is asked")
 def test_a_large_block_that_was_freed_is_used_again_without_the_kernel():
     code = (
-        "import ctypes, resource, sys; sys.path.insert(0, sys.argv[1]); import process\n"
+        "import ctypes, resource, sys; sys.path.insert(0, sys.argv[1]); from ranks import host\n"
         "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
         "def pages():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    block = ctypes.c_void_p(libc.malloc(50 << 20))\n"
         "    ctypes.memset(block, 1, 50 << 20); libc.free(block)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "pages(); process.keep_freed_memory(); pages(); print(pages())\n"
+        "pages(); host.keep_freed_memory(); pages(); print(pages())\n"
     )
     answer = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
     assert int(answer.stdout) < 100, answer.stderr  # of 12,800

@@ -6,10 +6,14 @@ words.
 
 import math
 import statistics
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
-import cli
-from benchmark_turns import prepare_images
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
+
+from tools import common
+from tools.benchmark.turns import prepare_images
 
 # timm publishes 657.63 images/s for training gmlp_s16_224 and 275.97 for gmlp_b16_224 on an RTX
 # 3090 under AMP (results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv in its repository).  Less
@@ -220,7 +224,7 @@ def check_plan(bench):
     bandwidth of memory, both alone and beside another rank, and the all-reduce's rate.
     """
     args = bench.args
-    small = str(cli.ROOT / "configs" / "gmlp_ti16_224.yaml")
+    small = str(common.ROOT / "configs" / "gmlp_ti16_224.yaml")
     batch_size = args.batch_size or 4
     prepare_images(bench, batch_size)
     workers = {ranks: bench.ours(1, ranks) for ranks in (1, 2)}

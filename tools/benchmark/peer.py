@@ -7,8 +7,12 @@ import functools
 import itertools
 import sys
 import time
+from pathlib import Path
 
-import benchmark_worker
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
+
+
+from tools.benchmark import worker
 
 AUGMENT = "rand-m9-mstd0.5-inc1"
 
@@ -213,7 +217,7 @@ def products(shapes, images, repeats, dtype):
 def step_memory(**options):
     """The memory that a first training step adds, in bytes."""
     run, _ = train(steps=1, **options)
-    return benchmark_worker.added_memory(run)
+    return worker.added_memory(run)
 
 
 CASES = {
@@ -234,4 +238,4 @@ if __name__ == "__main__":
         import_timm()
     except ImportError as error:
         sys.exit(f"the peer's Python needs torch, torchvision, timm and pillow: {error}")
-    benchmark_worker.serve(CASES)
+    worker.serve(CASES)

@@ -18,7 +18,7 @@ import sys
 import time
 
 from files import remove_temporary_files
-from process import REPORT_PIPE, die_with_parent, remove_batches
+from ranks.host import REPORT_PIPE, die_with_parent, remove_batches
 
 # What stops a hang of ranks that were asked to end.  Besides, stop.py limits how long a rank waits
 # for another, datasets.py how long for a loader worker, and gloo a collective (30 s).
@@ -77,7 +77,7 @@ def run(ranks, gpus, command):
 
     When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM reach the
     ranks as a SIGTERM, the second one as a SIGKILL; so does the first, where the ranks then show no
-    sign of life (process.report_alive, process.busy).  When this process is killed, the kernel
+    sign of life (host.report_alive, host.busy).  When this process is killed, the kernel
     sends them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed
     rank.
 

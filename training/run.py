@@ -7,24 +7,22 @@ import time
 
 import paddle
 
-import checkpoint
-import engine
 import metrics
-import optim
-import pdparams
-import stop
 import utils
-from checkpoint import WeightsError
 from compat import can_compile, can_recompute
 from config import ConfigError
 from datasets import EvalSampler, build_dataset, build_loader
 from files import lock, remove_temporary_files, write_text
 from gmlp import build_gmlp
-from inference import CompiledModel
 from metrics import to_json
-from process import default_workers, keep_freed_memory, local_ranks, report_folder
-from resample import resample_weights
+from ranks import stop
+from ranks.host import default_workers, keep_freed_memory, local_ranks, report_folder
+from training import engine, optim
+from training.inference import CompiledModel
 from transforms import build_batch_transform
+from weights import checkpoint, pdparams
+from weights.checkpoint import WeightsError
+from weights.resample import resample_weights
 
 _WORTH_COMPILING = 1000  # images per rank; making an S/16 takes what it saves on 200 of them
 

@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from pdparams import WeightsError
+from weights.pdparams import WeightsError
 
 _WEIGHT, _BIAS = ".gate.proj.weight", ".gate.proj.bias"
 _PAD = 2  # tokens beyond a border that a cubic reaches
