@@ -1,57 +1,259 @@
-"""Small things with no better home: ranks, logs, meters."""
+"""Small things without Paddle: whole files, sentences, images in folders, a run's log and rows.
+
+Nothing here imports Paddle, NumPy or tqdm before it is needed, so that every program can use it.
+"""
 
 import contextlib
-import io
+import errno
+import fcntl
+import glob
+import json
 import logging
+import math
 import os
-import platform
-import subprocess
+import pathlib
+import reprlib
+import shutil
 import sys
+import time
 
-import numpy as np
-import paddle
-import PIL
-from paddle import distributed as dist
-from tqdm import tqdm
+# --- files ---
 
 
-def init_distributed():
-    """Takes this rank's device and joins the other ranks.  Returns (rank, number of ranks)."""
-    ranks = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
-    backend = os.environ.get("PADDLE_DISTRI_BACKEND")
-    if backend != "gloo" and paddle.device.cuda.device_count() > 0:
-        # Paddle's launcher names all GPUs to a single rank; as Paddle does, take the first.
-        device = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0]
-        paddle.set_device(f"gpu:{device}")
-    else:
-        paddle.set_device("cpu")
-        os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-    if ranks == 1:
-        return 0, 1
-    with contextlib.redirect_stderr(io.StringIO()):  # it lists Paddle's flags; errors are raised
-        dist.init_parallel_env()
-    return dist.get_rank(), ranks
+@contextlib.contextmanager
+def new_file(path):
+    """Gives a temporary path to write, which takes the place of `path` if all goes well.
+
+    Otherwise, Ctrl-C included, it is removed and an old file at `path` is as it was.
+
+    Raises:
+        OSError: it cannot be written; always with the name `path`, which a full disk does not say.
+    """
+    path = os.fspath(path)
+    temporary = temporary_path(path)
+    try:
+        # May be left of a killed process with this number, as a link to a file that is to stay.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, temporary):  # another file's: it has its name
+            raise
+        raise cannot_be_written(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+    with contextlib.suppress(OSError):  # the file is whole; some network disks cannot sync a folder
+        _sync_folder(os.path.dirname(temporary))
 
 
-def is_parallel():
-    """Whether this process has joined other ranks."""
-    return dist.is_initialized()
+@contextlib.contextmanager
+def new_folder(path):
+    """Gives a temporary folder to fill, which takes the name `path` if all goes well.
+
+    Otherwise it is removed with all that is in it.  There must be no `path` yet.
+
+    Raises:
+        OSError: it cannot be made; an error that names a file of its own keeps it.
+    """
+    path = os.path.abspath(path)
+    temporary = temporary_path(path)
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        if os.path.lexists(path):  # os.rename would replace an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(temporary, path)
+    except OSError as error:
+        if not str(error.filename or temporary).startswith(temporary):
+            raise
+        raise cannot_be_written(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def all_reduce_sum(tensor):
-    """The sum of a tensor over all ranks; the tensor itself where there is one rank."""
-    if is_parallel():
-        dist.all_reduce(tensor)
-    return tensor
+def write_text(path, text, mode="w"):
+    """Writes or appends text in place.  Raises OSError, always with the file's name in it."""
+    try:
+        with open(path, mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise cannot_be_written(path, error) from error
 
 
-def broadcast_object(value):
-    """Rank 0's picklable value, on every rank."""
-    if not is_parallel():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def cannot_be_written(path, error):
+    """An OSError of the same type that says which file could not be written, and why."""
+    # Of an error with a number, the standard library chooses the type; Paddle's have none.
+    return OSError(error.errno, f"cannot be written: {cause(error)}", show_path(os.fspath(path)))
+
+
+def temporary_path(path, pid=None):
+    """Where a process, this one or `pid`, writes before the file takes the name `path`."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(folder, f".{name}.tmp-{pid or os.getpid()}")
+
+
+def remove_temporary_files(folder, pid="*"):
+    """Removes what killed processes, or one of them, have left half written in a folder.
+
+    Without `pid` it is for who alone writes there.
+    """
+    for path in glob.glob(temporary_path(os.path.join(glob.escape(folder), "*"), pid)):
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def lock(path):
+    """Locks a file, which is made where it is missing, until this process and its children end.
+
+    Returns:
+        The open file, to be kept.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: this file system has no locks.
+    """
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- sentences ---
+
+
+class UserError(ValueError):
+    """What a person gave cannot be used; the message is one sentence for that person."""
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file and the line."""
+
+
+def show_path(path):
+    """A path for a message: quoted where it holds control characters or is no text, cut if long."""
+    text = str(path)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def show(value, limit=100):
+    """Any value for a message, however deep, long or hostile, as Python would write it."""
+    if isinstance(value, bytes):
+        value = value[: limit + 1].decode(errors="replace")
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = limit
+    try:
+        text = shortened.repr(value)
+    except ValueError:  # an int of thousands of digits
+        return "a very large number"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def cause(error):
+    """Why something failed, in one line: of an OSError the reason, without its number and file."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def describe_error(error):
+    """An error as one sentence; an OSError's own text would begin with its number."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+# --- images in folders ---
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp",
+                  ".gif")  # fmt: skip
+HIDDEN = "hidden"
+NO_IMAGE = "without an image's suffix"
+DEAD_LINK = "links that lead nowhere"
+NO_FILE = "neither files nor folders"
+AGAIN = "links to a folder above or one that was read already"
+# What nobody can have meant to be there, in a sentence.
+BROKEN = {
+    DEAD_LINK: "this link leads nowhere",
+    NO_FILE: "this is neither a file nor a folder",
+}
+
+
+def find_images(folder, skip):
+    """The images in a folder and the folders in it, by their suffix and sorted by name.
+
+    Links are followed, but no folder is read twice, and none above `folder`.
+
+    Args:
+        folder: where to look.
+        skip: called with (HIDDEN, NO_IMAGE, DEAD_LINK, NO_FILE or AGAIN; path) of what is left out.
+
+    Yields:
+        Paths that begin with `folder`.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen = {
+        _identity(parent) for parent in (*_parents(folder), *_parents(os.path.realpath(folder)))
+    }
+    stack = [(folder, True)]
+    while stack:
+        path, to_read = stack.pop()
+        if not to_read:
+            yield path
+            continue
+        if _identity(path) in seen:
+            skip(AGAIN, path)
+            continue
+        seen.add(_identity(path))
+        for entry in reversed(sorted_entries(path)):
+            if entry.name.startswith("."):
+                skip(HIDDEN, entry.path)
+            elif is_folder(entry):
+                stack.append((entry.path, True))
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                skip(NO_IMAGE, entry.path)
+            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                stack.append((entry.path, False))
+            else:
+                skip(NO_FILE if os.path.exists(entry.path) else DEAD_LINK, entry.path)
+
+
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _parents(path):
+    return map(str, pathlib.Path(path).absolute().parents)
+
+
+def is_folder(entry):
+    """Whether an entry of os.scandir is a folder, or a link to one."""
+    # A link that leads to itself makes entry.is_dir() raise.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def sorted_entries(folder):
+    """The entries of os.scandir by name."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+# --- a run's log and progress ---
 
 
 def setup_logging(folder, rank):
@@ -83,68 +285,51 @@ class _ConsoleHandler(logging.Handler):
     """Prints on standard output, above a progress bar where there is one."""
 
     def emit(self, record):
+        from tqdm import tqdm
+
         with contextlib.suppress(OSError):  # such as `| head`, a full disk: the run itself goes on
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
-class MeanMeter:
-    """The mean of device scalars over batches and ranks, without a host read until it is asked.
+def progress_bar(items, total, title="", unit="batch", shown=True, done=0):
+    """`items` with a progress bar on a terminal, without one elsewhere or where not `shown`."""
+    from tqdm import tqdm
 
-    Args:
-        mean, count: what to go on from.
-    """
-
-    def __init__(self, mean=0.0, count=0):
-        self.count = count
-        self.total = paddle.to_tensor(mean * count, dtype="float64")
-
-    def add(self, value):
-        self.total = self.total + value.detach().astype("float64")
-        self.count += 1
-
-    def read(self):
-        """The mean over all ranks, a number; every rank has to call it.
-
-        The same number on every rank, so that all of them stop where it is not finite.
-        """
-        return float(all_reduce_sum(self.total / self.count)) / dist.get_world_size()
+    disable = not (shown and sys.stderr.isatty())
+    return tqdm(items, title, total, leave=False, disable=disable, unit=unit, initial=done)
 
 
-def progress_bar(batches, total, title, rank, done=0):
-    """`batches` with a progress bar on rank 0's terminal, without one elsewhere."""
-    disable = rank != 0 or not sys.stderr.isatty()
-    return tqdm(batches, title, total, leave=False, disable=disable, unit="batch", initial=done)
+# --- a run's numbers, metrics.jsonl ---
+
+SCORES = ("acc1", "acc5", "loss")  # what a validation gives: percent, percent, mean cross entropy
 
 
-def describe_machine(world_size):
-    """Lines about versions, device, ranks and threads for the start of a log."""
-    device = paddle.get_device()
-    if device.startswith("gpu"):
-        device += f" ({paddle.device.cuda.get_device_name()})"
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return [
-        f"python {platform.python_version()}, paddle {paddle.__version__}, "
-        f"numpy {np.__version__}, pillow {PIL.__version__}, {platform.platform()}",
-        f"device {device}, {world_size} rank(s), {threads} thread(s) per rank",
-        f"git revision {git_revision() or 'unknown (not a git checkout)'}",
-    ]
+class MetricsFile:
+    """Appends one JSON object per row to `metrics.jsonl`; does nothing on other ranks than 0."""
+
+    def __init__(self, folder, rank):
+        self.path = os.path.join(folder, "metrics.jsonl") if rank == 0 else None
+        if self.path and os.path.exists(self.path):
+            _cut_last_line(self.path)
+
+    def write(self, **row):
+        """Appends a row with the time.  Raises OSError, with the file's name in it."""
+        if self.path:
+            row = {"time": round(time.time(), 3), **row}
+            write_text(self.path, to_json(row) + "\n", mode="a")
 
 
-def git_revision():
-    """The commit of this source tree, with "+" where files differ from it; None outside git."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", folder]
-    try:
-        # Not the revision of some other repository that this folder happens to lie in.
-        top = _output([*git, "rev-parse", "--show-toplevel"])
-        if os.path.realpath(top) != os.path.realpath(folder):
-            return None
-        changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-        return _output([*git, "rev-parse", "HEAD"]) + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _cut_last_line(path):
+    """Takes off what a killed process left of a line, so that the next one starts on its own."""
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
-def _output(command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def to_json(row, **kwargs):
+    """A flat dict as JSON; numbers that are not finite, which JSON has not, become null."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(finite, **kwargs)

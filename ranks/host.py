@@ -1,4 +1,4 @@
-"""This process among others: its share of the machine, its parent, what it tells its launcher.
+"""This process on its host: cores, threads, memory, its parent, and where Paddle is imported.
 
 Needs no Paddle; import_paddle() is where every program and tool gets it.
 """
@@ -7,19 +7,11 @@ import contextlib
 import ctypes
 import glob
 import io
-import json
 import math
 import os
 import pathlib
 import sys
 import warnings
-
-REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
-
-
-def is_rank():
-    """Whether a launcher, ours or Paddle's, started this process as a rank."""
-    return "PADDLE_TRAINER_ID" in os.environ
 
 
 def local_ranks():
@@ -95,12 +87,15 @@ def keep_freed_memory():
         libc.mallopt(m_trim_threshold, -1)  # no trimming
 
 
-def default_workers(on_gpu):
-    """Loader workers per rank: this host's cores shared out among its ranks.
+def choose_workers(wanted, on_gpu):
+    """Loader workers per rank: what DATA.NUM_WORKERS says, or for -1 by the cores.
 
-    On a GPU machine the workers have the cores to themselves.  On the CPU one core of each rank's
-    share is left to the model; a rank with one core loads in its own process (0 workers).
+    These are shared out among this host's ranks.  On a GPU machine the workers have the cores to
+    themselves.  On the CPU one core of each rank's share is left to the model; a rank with one core
+    loads in its own process (0 workers).
     """
+    if wanted >= 0:
+        return wanted
     share = max(1, available_cores() // local_ranks())
     return min(share, 16) if on_gpu else share - 1
 
@@ -155,56 +150,3 @@ def remove_batches(pids):
         for path in glob.glob(f"/dev/shm/paddle_{pid}_*"):
             with contextlib.suppress(OSError):
                 os.remove(path)
-
-
-def describe_error(error):
-    """One sentence; an OSError's own text would begin with its number."""
-    if not (isinstance(error, OSError) and error.strerror):
-        return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-
-
-def report_error(message, status=None):
-    """Prints an error, or has the launcher print it once however many ranks report it.
-
-    Args:
-        message: one sentence.
-        status: what this rank ends with, for an error of its own; None where it may only be the
-            consequence of another rank's end.
-    """
-    text = message.encode(errors="replace")[:3000].decode(errors="ignore")
-    if not _report(error=text, status=status):
-        print(message, file=sys.stderr, flush=True)
-
-
-def report_folder(folder):
-    """Tells the launcher where this run's files are: it names the log of a rank that fails."""
-    _report(folder=os.path.abspath(folder))
-
-
-def report_alive():
-    """Tells the launcher that this rank, which was asked to end, gets on."""
-    _report()
-
-
-@contextlib.contextmanager
-def busy():
-    """Tells the launcher that what this rank does in here may take long for a good reason."""
-    _report(busy=True)
-    try:
-        yield
-    finally:
-        _report(busy=False)
-
-
-def _report(**what):
-    """Whether there is a launcher, and it was told."""
-    if REPORT_PIPE not in os.environ:
-        return False
-    rank = int(os.environ["PADDLE_TRAINER_ID"])
-    line = json.dumps({"rank": rank, **what}, ensure_ascii=False) + "\n"
-    with contextlib.suppress(OSError):
-        # One write below PIPE_BUF is atomic, so that ranks do not mix their sentences.
-        os.write(int(os.environ[REPORT_PIPE]), line.encode(errors="replace"))
-        return True
-    return False

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 
-from files import remove_temporary_files
-from ranks.host import REPORT_PIPE, die_with_parent, remove_batches
+from ranks.host import die_with_parent, remove_batches
+from ranks.report import REPORT_PIPE
+from utils import UserError, remove_temporary_files
 
 # What stops a hang of ranks that were asked to end.  Besides, stop.py limits how long a rank waits
 # for another, datasets.py how long for a loader worker, and gloo a collective (30 s).
@@ -28,6 +29,11 @@ _SAME_REQUEST_SECONDS = 1  # some schedulers signal a process and then its group
 
 # What a rank ends with that was asked to: by stop.py, or before that by the signal itself.
 _AS_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+def is_rank():
+    """Whether a launcher, ours or Paddle's, started this process as a rank."""
+    return "PADDLE_TRAINER_ID" in os.environ
 
 
 def count_gpus():
@@ -54,10 +60,10 @@ def choose_ranks(nprocs, gpus):
     """(number of ranks, warning or None) for -nprocs and the number of GPUs.
 
     Raises:
-        ValueError: more ranks are asked for than there are GPUs, or none.
+        UserError: more ranks are asked for than there are GPUs, or none.
     """
     if nprocs is not None and nprocs < 1:
-        raise ValueError(f"-nprocs is {nprocs}, it must be at least 1")
+        raise UserError(f"-nprocs is {nprocs}, it must be at least 1")
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     warning = None
     if named not in ("", "-1") and len(named.split(",")) > gpus:
@@ -66,7 +72,7 @@ def choose_ranks(nprocs, gpus):
     if gpus == 0:
         return nprocs or 1, warning
     if nprocs is not None and nprocs > gpus:
-        raise ValueError(
+        raise UserError(
             f"-nprocs is {nprocs}, but only {gpus} GPU(s) are visible: one process needs one GPU"
         )
     return nprocs or gpus, warning
@@ -77,9 +83,8 @@ def run(ranks, gpus, command):
 
     When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM reach the
     ranks as a SIGTERM, the second one as a SIGKILL; so does the first, where the ranks then show no
-    sign of life (host.report_alive, host.busy).  When this process is killed, the kernel
-    sends them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed
-    rank.
+    sign of life (report.report_alive, report.busy).  When this process is killed, the kernel sends
+    them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed rank.
 
     Args:
         ranks: number of processes.

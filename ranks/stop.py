@@ -22,7 +22,8 @@ import time
 import paddle
 from paddle import distributed as dist
 
-from ranks.host import report_alive
+from ranks.collective import add_in_store, all_reduce_max
+from ranks.report import report_alive
 
 # Further behind is only a rank whose host is gone without closing its connections.  This one waits
 # for it in C++ code then, which neither ends by itself nor lets Python run.
@@ -90,10 +91,12 @@ class StopRequest:
         ranks = dist.get_world_size()
         if not self._announced:
             self._announced = True
-            _add(f"gmlp/stop/rank {dist.get_rank()}", steps)
-            _add("gmlp/stop/announced", 1)
-        if self._last_step is None and _add("gmlp/stop/announced", 0) == ranks:
-            self._last_step = 1 + max(_add(f"gmlp/stop/rank {rank}", 0) for rank in range(ranks))
+            add_in_store(f"gmlp/stop/rank {dist.get_rank()}", steps)
+            add_in_store("gmlp/stop/announced", 1)
+        if self._last_step is None and add_in_store("gmlp/stop/announced", 0) == ranks:
+            self._last_step = 1 + max(
+                add_in_store(f"gmlp/stop/rank {rank}", 0) for rank in range(ranks)
+            )
         return self._last_step is not None and steps >= self._last_step
 
     def share(self):
@@ -101,11 +104,9 @@ class StopRequest:
 
         To be called on all ranks together, between steps.
         """
-        if dist.is_initialized():
-            number = paddle.to_tensor(self.signal_number or 0, dtype="int64")
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            if int(number):
-                self.take(int(number))
+        number = all_reduce_max(self.signal_number or 0)
+        if number:
+            self.take(number)
 
     def raise_if_asked(self):
         """Raises Stopped where no step is under way, as in validation.
@@ -114,7 +115,7 @@ class StopRequest:
         """
         if self.signal_number is not None:
             if dist.is_initialized():
-                _add(f"gmlp/barrier/{next(_barriers)}", _QUIT)
+                add_in_store(f"gmlp/barrier/{next(_barriers)}", _QUIT)
             raise Stopped
 
 
@@ -148,15 +149,10 @@ def _wait_for_all(key):
     """How many ranks are here, once all are; ends this process where that takes too long."""
     faulthandler.dump_traceback_later(_BARRIER_SECONDS, exit=True)
     try:
-        here = _add(key, 1)
+        here = add_in_store(key, 1)
         while here < dist.get_world_size():
             time.sleep(0.01)
-            here = _add(key, 0)
+            here = add_in_store(key, 0)
         return here
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _add(key, value):
-    """Adds to a number, 0 at first, in the store that the ranks share; returns the sum."""
-    return paddle.base.core.create_or_get_global_tcp_store().add(key, value)

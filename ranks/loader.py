@@ -1,0 +1,150 @@
+"""Batches from worker processes, none of which is left behind or fails without a sentence.
+
+with contextlib.closing(build_loader(dataset, sampler, num_workers, image_size)) as batches:
+    for images, labels in batches:
+        ...
+"""
+
+import contextlib
+import functools
+import gc
+import os
+import signal
+import traceback
+
+import numpy as np
+import paddle
+
+from ranks.host import die_with_parent, remove_batches
+from utils import DataError, cause
+
+_PREFETCH = 2  # batches that each loader worker works ahead
+_END_SECONDS = 10  # for a worker to finish the batch that it is at
+
+
+class _Fetch(paddle.io.Dataset):
+    """A data set whose errors come as values.
+
+    Paddle's reader threads print the traceback of an exception and give the training loop another
+    one, without the message; so an error travels to the loop as a batch (_collate, _unpack).
+    """
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except Exception as error:  # a bug too must end the run, with its traceback
+            return error if isinstance(error, DataError) else DataError(traceback.format_exc())
+
+
+def _collate(samples):
+    """uint8 [batch, H, W, 3] and int64 [batch]; an error as one axis and its message's bytes."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            message = str(sample).encode(errors="replace")  # a path need not be UTF-8
+            return np.zeros(1, np.uint8), np.frombuffer(message, np.uint8)
+    pixels, labels = zip(*samples)
+    return np.stack(pixels), np.array(labels, dtype=np.int64)
+
+
+def _unpack(loader):
+    """The batches of a loader; raises DataError where a batch is an error or a worker died."""
+    batches = iter(loader)
+    workers = getattr(batches, "_workers", ())
+    pids = [worker.pid for worker in workers]
+    try:
+        while True:
+            try:
+                images, labels = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise _dead_worker(error) from error
+            if images.ndim == 1:
+                raise DataError(bytes(labels.numpy()).decode())
+            yield images, labels
+    finally:
+        # Left to itself, an iterator that is not used up keeps its workers until this process ends.
+        batches._try_shutdown_all(*([_END_SECONDS] if workers else []))
+        for worker in workers:  # one that has not ended would take no SIGTERM
+            worker.kill()
+            worker.join()
+        remove_batches(pids)
+
+
+@contextlib.contextmanager
+def explain_dead_workers():
+    """Turns the error that Paddle raises, wherever the main thread is, into a DataError."""
+    try:
+        yield
+    except SystemError as error:
+        raise _dead_worker(error) from error
+
+
+def _dead_worker(error):
+    return DataError(
+        "a loader worker died; where the system ended it for want of memory, take fewer "
+        f"-num_workers ({cause(error).split('. ')[0]})"
+    )
+
+
+def build_loader(dataset, sampler, num_workers, image_size, ranks_on_host=1):
+    """A generator of (uint8 [batch, H, W, 3], int64 [batch]) Tensors on the current device.
+
+    Its close(), needed where not all batches are taken, ends the workers.
+
+    Args:
+        dataset: gives (uint8 [H, W, 3], int label) for a key of the sampler.
+        sampler: an EvalSampler or a TrainSampler.
+        num_workers: loader processes; 0 loads in this process.
+        image_size: height and width of the dataset's images.
+        ranks_on_host: how many ranks share this host's memory.
+
+    Raises:
+        DataError: the shared memory through which workers pass batches is too small; while
+            iterating, an image cannot be read.
+    """
+    num_workers = min(num_workers, len(sampler))  # a worker without a batch is only a cost
+    if num_workers:
+        batches = num_workers * (_PREFETCH + 1) * ranks_on_host
+        require_shared_memory(batches * sampler.batch_size * 3 * image_size**2)
+    loader = paddle.io.DataLoader(
+        _Fetch(dataset),
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
+        prefetch_factor=_PREFETCH,
+        use_shared_memory=num_workers > 0,
+    )
+    return _unpack(loader)
+
+
+def _start_worker(parent, worker_id):
+    # Paddle's workers wait for work without looking whether their parent still lives.
+    die_with_parent(parent, signal.SIGKILL)
+    gc.freeze()  # otherwise its first collection writes to, and so copies, the parent's objects
+    # Both are the rank's alone, which ends its workers when it is done with them: a terminal sends
+    # Ctrl-C, and Paddle's launcher a SIGTERM, to the whole process group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def require_shared_memory(num_bytes, folder="/dev/shm"):
+    """Raises DataError where `folder` has less than `num_bytes` free; a worker would die there."""
+    if not os.path.isdir(folder):
+        return
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < num_bytes:
+        raise DataError(
+            f"{folder} has {free >> 20} MB free, the loader workers need about "
+            f"{(num_bytes >> 20) + 1} MB of shared memory: start the container with a larger "
+            "--shm-size, or take fewer workers (-num_workers 0 needs none)"
+        )
