@@ -1,7 +1,7 @@
 """Another image size from the same weights: the spatial projections, resampled.
 
     weights = load_weights(path)
-    weights, _ = resample_weights(weights, model.patch_embed.num_tokens, path)
+    weights, _ = resample_weights(weights, model, path)
     assign_weights(model, weights, path)
 
 A spatial projection mixes the n x n tokens of an image: out[j] = sum_i W[i, j] v[i] + b[j].  Here W
@@ -14,7 +14,7 @@ two sides of W are not alike:
   the same, also where it is near zero and no scaling could restore it.
 
 Both are cubic (Keys, a = -1/2), separate in y and x, aligned by the image's borders (half-pixel
-centres), constant beyond them, and the identity at the same size.  tools/resolution_study.py
+centres), constant beyond them, and the identity at the same size.  demo/resolution_study.py
 measures what they keep.
 """
 
@@ -24,32 +24,37 @@ import numpy as np
 
 from weights.pdparams import WeightsError
 
-_WEIGHT, _BIAS = ".gate.proj.weight", ".gate.proj.bias"
 _PAD = 2  # tokens beyond a border that a cubic reaches
 
 
-def resample_weights(weights, num_tokens, path):
+def resample_weights(weights, model, path):
     """A model's weights for images of another size, in patches of the same size.
 
     Args:
-        weights: parameter names to arrays, as checkpoint.load_weights returns.
-        num_tokens: tokens of the model that they are for, `model.patch_embed.num_tokens`.
+        weights: parameter names to arrays, as load_weights returns.
+        model: the GMLP that they are for.
         path: where they are from, for the message.
 
     Returns:
         (weights, side): a dict with every spatial projection resampled, and how many tokens high
         and wide the old ones were; the same dict and None where they fit already.  What cannot be
-        a projection is left as it is, for checkpoint.assign_weights to refuse.
+        a projection is left as it is, for assign_weights to refuse.
 
     Raises:
         WeightsError: the old tokens are no square, or not the same in all blocks.
     """
+    num_tokens = model.sizes.num_tokens
+    weight_suffix, bias_suffix = f".{model.gate_name}.weight", f".{model.gate_name}.bias"
     old_tokens = set()
     resampled = dict(weights)
     for name, weight in weights.items():
-        bias_name = name.removesuffix(_WEIGHT) + _BIAS
+        bias_name = name.removesuffix(weight_suffix) + bias_suffix
         bias = weights.get(bias_name)
-        if name.endswith(_WEIGHT) and _is_projection(weight, bias) and len(bias) != num_tokens:
+        if (
+            name.endswith(weight_suffix)
+            and _is_projection(weight, bias)
+            and len(bias) != num_tokens
+        ):
             side = _side(len(bias), f"{path}: {name}")
             old_tokens.add(side)
             resampled[name], resampled[bias_name] = resample_projection(
