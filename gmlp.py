@@ -7,17 +7,18 @@
     logits = model(images)  # [batch, 3, 224, 224] -> [batch, 1000]
 
 The function is timm 1.0.31's `gmlp_s16_224` (and its Ti and B relatives), the parameter names are
-PaddleViT's, so that its published weights load unchanged.
+PaddleViT's, so that its published weights load unchanged.  Every part is built from `Sizes`.
 """
 
+import functools
+import inspect
 import math
+from typing import NamedTuple
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 from paddle.nn import initializer as init
-
-from compat import recompute, truncated_normal
 
 # The gate's LayerNorm keeps the framework's default epsilon in timm, all others use 1e-6.  Taking
 # 1e-6 there too moves S/16's logits by 7e-6.
@@ -29,7 +30,9 @@ def lecun_normal(fan_in):
     """Truncated normal (at two standard deviations) of variance 1 / fan_in."""
     # Truncation at +-2 leaves a unit normal a standard deviation of 0.8796.
     std = math.sqrt(1 / fan_in) / 0.87962566103423978
-    return truncated_normal(std)
+    if "a" in inspect.signature(init.TruncatedNormal).parameters:
+        return init.TruncatedNormal(std=std, a=-2 * std, b=2 * std)
+    return init.TruncatedNormal(std=std)  # Paddle 2.6 cuts off there, and nowhere else
 
 
 def linear(in_features, out_features, weight_init, bias_init, layer=nn.Linear):
@@ -49,16 +52,16 @@ class PatchEmbedding(nn.Layer):
             have one weight for each pair of tokens, so the number of tokens is fixed).
     """
 
-    def __init__(self, image_size, patch_size, in_channels, dim):
+    def __init__(self, sizes):
         super().__init__()
-        self.image_size = image_size
-        self.num_tokens = (image_size // patch_size) ** 2
+        self.image_size = sizes.image_size
+        fan_in = sizes.in_channels * sizes.patch_size**2
         self.patch_embed = nn.Conv2D(
-            in_channels,
-            dim,
-            kernel_size=patch_size,
-            stride=patch_size,
-            weight_attr=paddle.ParamAttr(initializer=lecun_normal(in_channels * patch_size**2)),
+            sizes.in_channels,
+            sizes.dim,
+            kernel_size=sizes.patch_size,
+            stride=sizes.patch_size,
+            weight_attr=paddle.ParamAttr(initializer=lecun_normal(fan_in)),
             bias_attr=paddle.ParamAttr(initializer=init.Constant(0.0)),
         )
 
@@ -81,8 +84,8 @@ class HalvedLinear(nn.Linear):
     def forward(self, x):
         # Slices, because Paddle Inference 3.3 errs on chunks of a weight where the batch is 1.
         half = self.weight.shape[1] // 2
-        parts = slice(half), slice(half, None)
-        return tuple(F.linear(x, self.weight[:, part], self.bias[part]) for part in parts)
+        first = F.linear(x, self.weight[:, :half], self.bias[:half])
+        return first, F.linear(x, self.weight[:, half:], self.bias[half:])
 
 
 class TokenLinear(nn.Linear):
@@ -105,12 +108,11 @@ class SpatialGatingUnit(nn.Layer):
     Two [batch, tokens, channels / 2] -> [batch, tokens, channels / 2]
     """
 
-    def __init__(self, channels, num_tokens):
+    def __init__(self, sizes):
         super().__init__()
-        self.norm = nn.LayerNorm(channels // 2, epsilon=GATE_NORM_EPSILON)
-        self.proj = linear(
-            num_tokens, num_tokens, init.Normal(std=1e-6), init.Constant(1.0), TokenLinear
-        )
+        tokens = sizes.num_tokens
+        self.norm = nn.LayerNorm(sizes.hidden_dim // 2, epsilon=GATE_NORM_EPSILON)
+        self.proj = linear(tokens, tokens, init.Normal(std=1e-6), init.Constant(1.0), TokenLinear)
 
     def forward(self, u, v):
         return u * self.proj(self.norm(v))
@@ -119,17 +121,18 @@ class SpatialGatingUnit(nn.Layer):
 class GatedChannelMLP(nn.Layer):
     """Channel projection, GELU, spatial gating, channel projection.  Keeps [batch, tokens, dim]."""
 
-    def __init__(self, dim, hidden_dim, num_tokens, dropout):
+    def __init__(self, sizes):
         super().__init__()
-        self.fc1 = linear(
-            dim, hidden_dim, init.XavierUniform(), init.Normal(std=1e-6), HalvedLinear
-        )
-        self.gate = SpatialGatingUnit(hidden_dim, num_tokens)
-        self.fc2 = linear(hidden_dim // 2, dim, init.XavierUniform(), init.Normal(std=1e-6))
-        self.dropout = nn.Dropout(dropout)
+        dim, hidden_dim = sizes.dim, sizes.hidden_dim
+        weight_init, bias_init = init.XavierUniform(), init.Normal(std=1e-6)
+        self.fc1 = linear(dim, hidden_dim, weight_init, bias_init, HalvedLinear)
+        self.gate = SpatialGatingUnit(sizes)
+        self.fc2 = linear(hidden_dim // 2, dim, weight_init, bias_init)
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(self, x):
-        u, v = (self.dropout(F.gelu(half)) for half in self.fc1(x))
+        u, v = self.fc1(x)
+        u, v = self.dropout(F.gelu(u)), self.dropout(F.gelu(v))
         return self.dropout(self.fc2(self.gate(u, v)))
 
 
@@ -154,11 +157,11 @@ class DropPath(nn.Layer):
 class GMLPBlock(nn.Layer):
     """One gMLP block with its shortcut.  Keeps [batch, tokens, dim]."""
 
-    def __init__(self, dim, hidden_dim, num_tokens, dropout, drop_path):
+    def __init__(self, sizes):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPSILON)
-        self.mlp_channels = GatedChannelMLP(dim, hidden_dim, num_tokens, dropout)
-        self.drop_path = DropPath(drop_path)
+        self.norm = nn.LayerNorm(sizes.dim, epsilon=NORM_EPSILON)
+        self.mlp_channels = GatedChannelMLP(sizes)
+        self.drop_path = DropPath(sizes.drop_path)
 
     def forward(self, x):
         shortcut = x
@@ -168,42 +171,24 @@ class GMLPBlock(nn.Layer):
 class GMLP(nn.Layer):
     """The classifier: float images [batch, channels, size, size] -> logits [batch, num_classes].
 
-    Args:
-        image_size: height and width of the images in pixels.
-        patch_size: height and width of a patch in pixels; divides image_size.
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        dim: channels of a token between blocks.
-        depth: number of blocks.
-        hidden_dim: channels inside a block; even, as the gate halves them.
-        dropout: rate after each channel projection.
-        drop_path: stochastic-depth rate, the same in every block (as in timm's gMLP).
-
     Attributes:
+        sizes: what it was built from.
         recompute: whether training keeps of each block its input alone and computes the rest again
             in the backward pass: less memory, the same gradients.
+        stem_name, blocks_name, head_name, gate_name: what other modules call these parts of the
+            parameters' names; the gate's is that of its spatial projection inside a block.
     """
 
-    def __init__(
-        self,
-        image_size,
-        patch_size,
-        in_channels,
-        num_classes,
-        dim,
-        depth,
-        hidden_dim,
-        dropout=0.0,
-        drop_path=0.0,
-    ):
+    stem_name, blocks_name, head_name = "patch_embed.patch_embed", "mixer_layers", "head"
+    gate_name = "mlp_channels.gate.proj"
+
+    def __init__(self, sizes):
         super().__init__()
-        self.patch_embed = PatchEmbedding(image_size, patch_size, in_channels, dim)
-        num_tokens = self.patch_embed.num_tokens
-        self.mixer_layers = nn.Sequential(
-            *(GMLPBlock(dim, hidden_dim, num_tokens, dropout, drop_path) for _ in range(depth))
-        )
-        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPSILON)
-        self.head = linear(dim, num_classes, init.Constant(0.0), init.Constant(0.0))
+        self.sizes = sizes
+        self.patch_embed = PatchEmbedding(sizes)
+        self.mixer_layers = nn.Sequential(*(GMLPBlock(sizes) for _ in range(sizes.depth)))
+        self.norm = nn.LayerNorm(sizes.dim, epsilon=NORM_EPSILON)
+        self.head = linear(sizes.dim, sizes.num_classes, init.Constant(0.0), init.Constant(0.0))
         self.recompute = False
 
     def forward_features(self, images):
@@ -216,54 +201,129 @@ class GMLP(nn.Layer):
     def forward(self, images):
         return self.head(self.forward_features(images))
 
+    def freeze_backbone(self):
+        """Leaves the head alone to train, on features without dropout or stochastic depth."""
+        for name, param in self.named_parameters():
+            param.stop_gradient = not name.startswith(f"{self.head_name}.")
+        for layer in self.sublayers():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+            elif isinstance(layer, DropPath):
+                layer.rate = 0.0
+
+
+class Sizes(NamedTuple):
+    """What makes one gMLP another than the next: every part of the model is built from it."""
+
+    image_size: int  # height and width of the images, pixels
+    in_channels: int
+    num_classes: int
+    patch_size: int  # height and width of a patch, pixels
+    dim: int  # channels of a token between blocks
+    depth: int  # blocks
+    mlp_ratio: float  # channels of a token inside a block / dim
+    dropout: float = 0.0  # rate after each channel projection
+    drop_path: float = 0.0  # stochastic-depth rate, the same in every block (as in timm's gMLP)
+
+    @property
+    def num_tokens(self):
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def hidden_dim(self):
+        """Channels of a token inside a block; even, as the gate halves them."""
+        return int(self.dim * self.mlp_ratio)
+
+    @classmethod
+    def from_config(cls, config):
+        """The sizes in a config; raises ValueError, with the key, where they make no model."""
+        return cls(*(functools.reduce(getattr, key.split("."), config) for key in KEYS)).checked()
+
+    @classmethod
+    def from_weights(cls, weights):
+        """The sizes of the model whose weights these are, as their shapes say; without dropout.
+
+        A model of these sizes is as large as the weights, within a factor: no file can ask for more
+        memory than its own size.
+
+        Args:
+            weights: parameter names to arrays.
+
+        Raises:
+            ValueError: these are no gMLP's; says what is missing or cannot be.
+        """
+        blocks = {name.split(".")[1] for name in weights if name.startswith(f"{GMLP.blocks_name}.")}
+
+        def shape_in_all(name):
+            names = (f"{GMLP.blocks_name}.{i}.{name}.weight" for i in range(len(blocks)))
+            (shape,) = {weights[name].shape for name in names}
+            return shape
+
+        try:
+            dim, in_channels, patch_size, width = weights[f"{GMLP.stem_name}.weight"].shape
+            dim_inside, hidden_dim = shape_in_all("mlp_channels.fc1")
+            num_tokens, tokens_out = shape_in_all(GMLP.gate_name)
+            dim_last, num_classes = weights[f"{GMLP.head_name}.weight"].shape
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing") from None
+        except ValueError:
+            raise ValueError("a shape cannot be, or is not the same in all blocks") from None
+        squares = (patch_size, num_tokens) == (width, tokens_out)
+        if not (squares and dim == dim_inside == dim_last > 0):
+            raise ValueError("its shapes do not fit together")
+        ratio = hidden_dim / dim
+        if int(dim * ratio) != hidden_dim:  # by rounding
+            ratio = math.nextafter(ratio, math.inf)
+        side = math.isqrt(num_tokens) * patch_size
+        return cls(side, in_channels, num_classes, patch_size, dim, len(blocks), ratio).checked()
+
+    def checked(self):
+        """Itself; raises ValueError, with the key, where these sizes make no model."""
+        for key, value in zip(KEYS[:6], self):
+            if value < 1:
+                raise ValueError(f"{key} is {value}, it must be at least 1")
+        for key, rate in (("MODEL.DROPOUT", self.dropout), ("MODEL.DROPPATH", self.drop_path)):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{key} is {rate}, it must be at least 0 and below 1")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"DATA.IMAGE_SIZE {self.image_size} is not a multiple of "
+                f"MODEL.MIXER.PATCH_SIZE {self.patch_size}"
+            )
+        if self.hidden_dim < 2 or self.hidden_dim % 2:
+            raise ValueError(
+                f"MODEL.MIXER.MLP_RATIO {self.mlp_ratio} x MODEL.MIXER.EMBED_DIM {self.dim} gives "
+                f"{self.hidden_dim} hidden channels; the spatial gating unit needs an even number"
+            )
+        return self
+
+
+# The config's key of each of the Sizes, in their order.
+KEYS = (
+    "DATA.IMAGE_SIZE", "DATA.IMAGE_CHANNELS", "MODEL.NUM_CLASSES", "MODEL.MIXER.PATCH_SIZE",
+    "MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH", "MODEL.MIXER.MLP_RATIO", "MODEL.DROPOUT",
+    "MODEL.DROPPATH",
+)  # fmt: skip
+
+
+def recompute(block, x):
+    """block(x), which the backward pass computes once more instead of keeping what is inside."""
+    # Imported where it is used: fleet takes a second.
+    from paddle.distributed.fleet.utils import recompute
+
+    # Otherwise a parameter's gradient is ready more than once, which DataParallel refuses.
+    return recompute(block, x, use_reentrant=False)
+
+
+def can_recompute():
+    """Whether recompute() works on the current device: Paddle 2.6 needs a GPU for it."""
+    return paddle.get_device() != "cpu" or not paddle.__version__.startswith("2.")
+
 
 def build_gmlp(config):
-    """The model that a config describes, with timm's initialization.
-
-    Args:
-        config: a node with DATA.IMAGE_SIZE, DATA.IMAGE_CHANNELS, MODEL.NUM_CLASSES, MODEL.DROPOUT,
-            MODEL.DROPPATH and MODEL.MIXER.{PATCH_SIZE, EMBED_DIM, DEPTH, MLP_RATIO}.
+    """The GMLP that a config describes (its KEYS), with timm's initialization.
 
     Raises:
         ValueError: sizes that make no model; the message names the key.
     """
-    mixer = config.MODEL.MIXER
-    sizes = {
-        "DATA.IMAGE_SIZE": config.DATA.IMAGE_SIZE,
-        "DATA.IMAGE_CHANNELS": config.DATA.IMAGE_CHANNELS,
-        "MODEL.NUM_CLASSES": config.MODEL.NUM_CLASSES,
-        "MODEL.MIXER.PATCH_SIZE": mixer.PATCH_SIZE,
-        "MODEL.MIXER.EMBED_DIM": mixer.EMBED_DIM,
-        "MODEL.MIXER.DEPTH": mixer.DEPTH,
-    }
-    for key, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{key} is {value}, it must be at least 1")
-    for key, rate in (
-        ("MODEL.DROPOUT", config.MODEL.DROPOUT),
-        ("MODEL.DROPPATH", config.MODEL.DROPPATH),
-    ):
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"{key} is {rate}, it must be at least 0 and below 1")
-    if config.DATA.IMAGE_SIZE % mixer.PATCH_SIZE:
-        raise ValueError(
-            f"DATA.IMAGE_SIZE {config.DATA.IMAGE_SIZE} is not a multiple of "
-            f"MODEL.MIXER.PATCH_SIZE {mixer.PATCH_SIZE}"
-        )
-    hidden_dim = int(mixer.EMBED_DIM * mixer.MLP_RATIO)
-    if hidden_dim < 2 or hidden_dim % 2:
-        raise ValueError(
-            f"MODEL.MIXER.MLP_RATIO {mixer.MLP_RATIO} x MODEL.MIXER.EMBED_DIM {mixer.EMBED_DIM} "
-            f"gives {hidden_dim} hidden channels; the spatial gating unit needs an even number"
-        )
-    return GMLP(
-        image_size=config.DATA.IMAGE_SIZE,
-        patch_size=mixer.PATCH_SIZE,
-        in_channels=config.DATA.IMAGE_CHANNELS,
-        num_classes=config.MODEL.NUM_CLASSES,
-        dim=mixer.EMBED_DIM,
-        depth=mixer.DEPTH,
-        hidden_dim=hidden_dim,
-        dropout=config.MODEL.DROPOUT,
-        drop_path=config.MODEL.DROPPATH,
-    )
+    return GMLP(Sizes.from_config(config))
