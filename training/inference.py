@@ -4,8 +4,7 @@
     logits = model(images)  # as before: [batch, 3, 224, 224] -> [batch, classes]
 
 It fuses what the layers compute one by one, and uses oneDNN.  Logits are within 1e-4 of the layers'
-(in bfloat16 within some percent); the README has what it is worth.  compat.can_compile() says
-whether CompiledModel works here.
+(in bfloat16 within some percent); the README has what it is worth.
 """
 
 import os
@@ -13,8 +12,32 @@ import tempfile
 
 import paddle
 
-from compat import can_compile
 from ranks.host import quiet
+
+_WORTH_COMPILING = 1000  # images per rank; making an S/16 takes what it saves on 200 of them
+
+
+def choose_model(run):
+    """What computes an evaluation: the run's model, or on a CPU what CPU_INFERENCE says."""
+    kind, images = run.config.CPU_INFERENCE, len(run.val_data) // run.world_size
+    if run.on_gpu or kind == "layers" or (kind == "auto" and images <= _WORTH_COMPILING):
+        return run.model
+    if not can_compile():
+        if kind != "auto":
+            run.log.warning(f"CPU_INFERENCE {kind} needs Paddle 3: the layers compute it")
+        return run.model
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    if dtype == "bfloat16" and not paddle.base.core.supports_bfloat16():
+        run.log.warning("CPU_INFERENCE bfloat16: this CPU has no such instructions: float32")
+        dtype = "float32"
+    run.log.info(f"Paddle Inference computes it in {dtype} (CPU_INFERENCE {kind})")
+    sizes = run.model.sizes
+    return CompiledModel(run.model, [sizes.in_channels, sizes.image_size, sizes.image_size], dtype)
+
+
+def can_compile():
+    """Whether it runs the model with oneDNN here: Paddle 2.6.2's GPU wheel crashes."""
+    return paddle.get_device() == "cpu" and not paddle.__version__.startswith("2.")
 
 
 class CompiledModel:

@@ -1,4 +1,4 @@
-"""What changes the weights: AdamW's parts, the learning rate of a step, one update, the EMA."""
+"""What changes the weights: the optimizer, the learning rate of a step, one update, the EMA."""
 
 import contextlib
 import functools
@@ -16,39 +16,47 @@ def decayed_parameters(model):
     return {param.name for param in model.parameters() if param.ndim > 1}
 
 
-def scaled_learning_rates(train, images_per_step):
-    """(warm-up start, base, end) learning rates after linear scaling.
+# By TRAIN.LR_SCHEDULE: how much of the way from END_LR to BASE_LR is left after warm-up, from 1 to
+# 0, as a function of how much of the rest of the run is over, from 0 to 1.
+SCHEDULES = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+
+
+class LearningRate:
+    """The learning rate as a function of the number of optimizer steps done.
+
+    Linear from `start` at step 0 to `base` at step `warmup`, then down to `end` at step `total` as
+    TRAIN.LR_SCHEDULE says.  A function of the step alone, where Paddle's CosineAnnealingDecay goes
+    from one value to the next and adds up rounding: resuming needs no more than the step.
 
     Args:
         train: the TRAIN node of a config.
         images_per_step: images of one optimizer step: batch x accumulated batches x ranks.
-    """
-    scale = images_per_step / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
-    return tuple(rate * scale for rate in (train.WARMUP_START_LR, train.BASE_LR, train.END_LR))
-
-
-def warmup_steps(train, steps_per_epoch):
-    """Optimizer steps of linear warm-up: TRAIN.WARMUP_STEPS, or TRAIN.WARMUP_EPOCHS in steps."""
-    if train.WARMUP_STEPS is not None:
-        return train.WARMUP_STEPS
-    return round(train.WARMUP_EPOCHS * steps_per_epoch)
-
-
-def warmup_cosine(start, base, end, warmup, total):
-    """The learning rate as a function of the number of optimizer steps done.
-
-    Linear from `start` at step 0 to `base` at step `warmup`, then half a cosine down to `end` at
-    step `total`.  A function of the step alone, where Paddle's CosineAnnealingDecay goes from one
-    value to the next and adds up rounding: resuming needs no more than the step.
+        steps_per_epoch: optimizer steps.
     """
 
-    def learning_rate(step):
-        if step < warmup:
-            return start + (base - start) * step / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return end + (base - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    def __init__(self, train, images_per_step, steps_per_epoch):
+        scale = images_per_step / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
+        self.start, self.base = train.WARMUP_START_LR * scale, train.BASE_LR * scale
+        self.end = train.END_LR * scale
+        self.warmup = train.WARMUP_STEPS
+        if self.warmup is None:
+            self.warmup = round(train.WARMUP_EPOCHS * steps_per_epoch)
+        self.total = train.NUM_EPOCHS * steps_per_epoch
+        self.name = train.LR_SCHEDULE
 
-    return learning_rate
+    def __call__(self, step):
+        if step < self.warmup:
+            return self.start + (self.base - self.start) * step / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        return self.end + (self.base - self.end) * SCHEDULES[self.name](progress)
+
+    def __str__(self):
+        return (
+            f"learning rate {self.start:g} to {self.base:g} in {self.warmup} steps, "
+            f"then to {self.end:g} ({self.name})"
+        )
 
 
 def build_schedule(learning_rate):
@@ -66,41 +74,53 @@ def layer_scales(model, decay):
     Returns:
         Parameter names to numbers.
     """
-    depth = len(model.mixer_layers)
+    depth = model.sizes.depth
 
     def layer(name):
         first, second = name.split(".")[:2]
-        if first == "mixer_layers":
+        if first == model.blocks_name:
             return 1 + int(second)
-        return 0 if first == "patch_embed" else depth + 1
+        return 0 if name.startswith(f"{model.stem_name}.") else depth + 1
 
     return {name: decay ** (depth + 1 - layer(name)) for name, _ in model.named_parameters()}
 
 
-def build_optimizer(config, model, schedule):
-    """AdamW with decoupled weight decay and clipping by the global norm.
-
-    Args:
-        config: TRAIN.{WEIGHT_DECAY, GRAD_CLIP, LAYER_DECAY, OPTIMIZER} are read.
-        model: the parameters; biases and norms are not decayed.  With LAYER_DECAY each gets its
-            share of the learning rate as an attribute.
-        schedule: build_schedule's.
-    """
-    train = config.TRAIN
-    decayed = decayed_parameters(model)
-    if train.LAYER_DECAY:
-        # AdamW's own lr_ratio is refused on CPU, and parameter groups are clipped each by itself.
-        scales = layer_scales(model, train.LAYER_DECAY)
-        for name, param in model.named_parameters():
-            param.optimize_attr["learning_rate"] = scales[name]
+def _adamw(train, decayed, **common):
     return paddle.optimizer.AdamW(
-        learning_rate=schedule,
-        parameters=model.parameters(),
         beta1=train.OPTIMIZER.BETAS[0],
         beta2=train.OPTIMIZER.BETAS[1],
         epsilon=train.OPTIMIZER.EPS,
         weight_decay=train.WEIGHT_DECAY,
         apply_decay_param_fun=lambda name: name in decayed,
+        **common,
+    )
+
+
+# By TRAIN.OPTIMIZER.NAME: functions of (the TRAIN node, decayed_parameters' names, and what every
+# optimizer of Paddle's takes: learning_rate, parameters, grad_clip).
+OPTIMIZERS = {"AdamW": _adamw}
+
+
+def build_optimizer(config, model, learning_rate):
+    """TRAIN.OPTIMIZER, with clipping by the global norm.
+
+    Args:
+        config: its TRAIN is read.
+        model: the parameters; biases and norms are not decayed.  With LAYER_DECAY each gets its
+            share of the learning rate as an attribute.
+        learning_rate: a number, or a scheduler of Paddle's.
+    """
+    train = config.TRAIN
+    if train.LAYER_DECAY:
+        # AdamW's own lr_ratio is refused on CPU, and parameter groups are clipped each by itself.
+        scales = layer_scales(model, train.LAYER_DECAY)
+        for name, param in model.named_parameters():
+            param.optimize_attr["learning_rate"] = scales[name]
+    return OPTIMIZERS[train.OPTIMIZER.NAME](
+        train,
+        decayed_parameters(model),
+        learning_rate=learning_rate,
+        parameters=model.parameters(),
         grad_clip=paddle.nn.ClipGradByGlobalNorm(train.GRAD_CLIP) if train.GRAD_CLIP else None,
     )
 

@@ -1,30 +1,27 @@
-"""A run on one rank: the parts that training and evaluation share, and the evaluation program."""
+"""A run on one rank: the parts of training and evaluation, before the first batch.
 
-import contextlib
-import math
+Model, data, start, folder, log: everything that can be refused is refused here.
+"""
+
 import os
+import platform
+import subprocess
 import time
 
+import numpy as np
 import paddle
+import PIL
 
-import metrics
-import utils
-from compat import can_compile, can_recompute
 from config import ConfigError
-from datasets import EvalSampler, build_dataset, build_loader
-from files import lock, remove_temporary_files, write_text
-from gmlp import build_gmlp
-from metrics import to_json
-from ranks import stop
-from ranks.host import default_workers, keep_freed_memory, local_ranks, report_folder
-from training import engine, optim
-from training.inference import CompiledModel
-from transforms import build_batch_transform
-from weights import checkpoint, pdparams
-from weights.checkpoint import WeightsError
-from weights.resample import resample_weights
-
-_WORTH_COMPILING = 1000  # images per rank; making an S/16 takes what it saves on 200 of them
+from datasets import build_dataset
+from gmlp import build_gmlp, can_recompute
+from ranks.collective import broadcast_object, init_distributed
+from ranks.host import choose_workers, keep_freed_memory, local_ranks
+from ranks.loader import build_loader
+from ranks.report import report_folder
+from training import optim, resume
+from utils import MetricsFile, lock, remove_temporary_files, setup_logging, write_text
+from weights import load_into
 
 
 class Run:
@@ -33,8 +30,12 @@ class Run:
     Attributes:
         config: the merged config.
         rank, world_size: this process among all.
+        model, train_data, val_data: what its name says; no train_data in an evaluation.
+        start: the resume.Start that the run goes on from.
         folder: where this run's files go.
-        start: the checkpoint's tree that the run goes on from, or None.
+        log, metrics: a logging.Logger, a MetricsFile.
+        amp: whether the model runs in mixed precision: asked for, and the device can.
+        autocast: makes the context in which the model runs.
     """
 
     def __init__(self, config):
@@ -47,160 +48,73 @@ class Run:
             ConfigError, DataError, WeightsError: what the user asked for cannot be had.
         """
         self.config = config
-        self.rank, self.world_size = utils.init_distributed()
+        self.rank, self.world_size = init_distributed()
+        self.on_gpu = paddle.get_device().startswith("gpu")
         self.warnings = []  # for the log, once there is one
-        self._check_dashboard()
+        self.amp = self._can_amp()
+        self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         paddle.seed(config.SEED)
         self.model = build_model(config)
         self.val_data = build_dataset(config, train=False)
         self.train_data = None if config.EVAL else build_dataset(config, train=True)
-        self.start, self.start_path = self._load_start()
+        self.start = self._find_start()
         self._load_pretrained()
         if config.EVAL or not config.TRAIN.RECOMPUTE:  # who recomputes has no memory to spare
             keep_freed_memory()
         self.folder = self._make_folder()
         report_folder(self.folder)
         self._claim_folder()
-        if self._has_news():
-            self.start, self.start_path = self._load_start()
-        self.log = utils.setup_logging(self.folder, self.rank)
-        self.metrics = metrics.MetricsFile(self.folder, self.rank)
-        if self._has_dashboard:
-            rows = self._rows_until_start()
-            self.metrics.dashboard = metrics.VisualDL(self.folder, rows, self.log.warning)
-        self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
-        if config.AMP and not self.amp:
-            device = f"GPU without {config.AMP_DTYPE}" if self.on_gpu else "CPU, without AMP"
-            self.warnings.append(f"-amp: this is a {device}: running float32")
+        if resume.is_outdated(config, self.rank, self.start):
+            self.start = self._find_start()
+        self.log = setup_logging(self.folder, self.rank)
+        self.metrics = MetricsFile(self.folder, self.rank)
         self._log_start()
 
-    @property
-    def _has_dashboard(self):
-        return self.config.VISUALDL and not self.config.EVAL and self.rank == 0
-
-    def _check_dashboard(self):
-        """Fails now, and not after minutes of loading, where the package is not there."""
-        if self._has_dashboard:
-            try:
-                metrics.import_visualdl()
-            except ImportError as error:
-                raise ConfigError(
-                    f"VISUALDL needs the package visualdl, which cannot be imported ({error}): "
-                    "pip install visualdl==2.5.3, or leave VISUALDL False"
-                ) from None
-
-    def _rows_until_start(self):
-        """What this folder's metrics.jsonl has from before the checkpoint that the run goes on."""
-        try:
-            rows = metrics.read_metrics(self.metrics.path)
-        except FileNotFoundError:
-            return []
-        except ValueError as error:
-            self.warnings.append(f"VISUALDL shows nothing from before this start: {error}")
-            return []
-        start = self.start or {}
-        done = (start.get("epoch", 0), start.get("batch", 0), math.inf)
-        return [row for row in rows if metrics.metrics_place(row) <= done]
-
-    def _load_start(self):
-        """(checkpoint, path) to go on from, its weights in the model; or (None, None)."""
-        resume = self.config.MODEL.RESUME
-        if not resume:
-            return None, None
-        if self.config.EVAL:
-            raise ConfigError("-eval goes with -pretrained FILE, not with -resume")
-        path = self._find_newest() if resume == "auto" else resume
-        if path is None:
-            self.warnings.append(
-                f"-resume auto: no checkpoint of {self.config.MODEL.NAME} under "
-                f"{self.config.SAVE}, starting fresh"
+    def _can_amp(self):
+        config = self.config
+        supported = {
+            "float16": paddle.amp.is_float16_supported,
+            "bfloat16": paddle.amp.is_bfloat16_supported,
+        }
+        amp = config.AMP and self.on_gpu and supported[config.AMP_DTYPE]()
+        if config.AMP and not amp:
+            device = f"GPU without {config.AMP_DTYPE}" if self.on_gpu else "CPU, without AMP"
+            self.warnings.append(f"-amp: this is a {device}: running float32")
+        old_numpy = np.lib.NumpyVersion(np.__version__) < "2.4.0"
+        if amp and config.AMP_DTYPE == "float16" and not (config.EVAL or old_numpy):
+            raise ConfigError(
+                f"AMP_DTYPE float16 cannot run with NumPy {np.__version__}, where Paddle's loss "
+                "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16"
             )
-            return None, None
-        state = self._read_everywhere(path, require_checksum=resume == "auto")
-        checkpoint.assign_weights(self.model, state["model"], path)
-        return state, path
+        return amp
 
-    def _read_everywhere(self, path, require_checksum):
-        """A checkpoint on every rank: read by each, or sent by rank 0 to hosts without the file."""
-        here = self.world_size > 1 and os.path.isfile(path) and pdparams.sha256(path)
-        wanted = utils.broadcast_object(here)
-        if not wanted:
-            return self._read_checkpoint(path, require_checksum)
-        if int(utils.all_reduce_sum(paddle.to_tensor(int(here == wanted)))) == self.world_size:
-            return self._read_checkpoint(path, require_checksum)
-        state = self._read_checkpoint(path, require_checksum) if self.rank == 0 else None
-        self.warnings.append(
-            f"{path} is not the same file on every host: rank 0 has sent its own to all ranks"
-        )
-        stop.barrier()  # reading a large file may have taken rank 0 long
-        return utils.broadcast_object(state)
-
-    def _read_checkpoint(self, path, require_checksum):
-        """A checkpoint whose weights fit this model; nothing is changed before that is known."""
-        state = checkpoint.read(path, require_checksum)
-        for weights in filter(None, (state["model"], state.get("model_ema"))):
-            checkpoint.check_weights(self.model, weights, path)
-        return state
-
-    def _find_newest(self):
-        """The newest valid checkpoint of this model, or None; rank 0 searches, so all agree."""
-        found = None
-        self.seen = checkpoint.candidates(self.config.SAVE) if self.rank == 0 else {}
-        for path in self.seen:
-            try:
-                state = checkpoint.read(path, require_checksum=True)
-            except WeightsError as error:
-                self.warnings.append(f"-resume auto: passed over {error}")
-                continue
-            if state.get("run", {}).get("model_name") == self.config.MODEL.NAME:
-                found = path  # where its weights do not fit, it will be refused
-                break
-        stop.barrier()  # reading large files may have taken rank 0 long
-        return utils.broadcast_object(found)
-
-    def _has_news(self):
-        """Whether the run that had the folder until now has saved once more since the search."""
-        if self.config.MODEL.RESUME != "auto":
-            return False
-        news = self.rank == 0 and checkpoint.candidates(self.config.SAVE) != self.seen
-        return utils.broadcast_object(news)
+    def _find_start(self):
+        return resume.find_start(self.config, self.model, self.rank, self.warnings.append)
 
     def _load_pretrained(self):
-        path = self.config.MODEL.PRETRAINED
-        if self.config.EVAL and not path:
+        config, path = self.config, self.config.MODEL.PRETRAINED
+        if config.EVAL and not path:
             raise ConfigError("-eval needs -pretrained FILE: there are no weights to evaluate")
-        if not path or self.start:
-            if self.config.TRAIN.FREEZE_BACKBONE and not self.start:
-                self.warnings.append(
-                    "TRAIN.FREEZE_BACKBONE without -pretrained: what is frozen is as initialized"
-                )
+        if self.start.path:
             return
-        tokens = self.model.patch_embed.num_tokens
-        weights, side = resample_weights(checkpoint.load_weights(path), tokens, path)
-        if side:
-            new_side, pixels = math.isqrt(tokens), self.config.MODEL.MIXER.PATCH_SIZE
+        if path:
+            self.warnings += load_into(self.model, path, allow_new_head=not config.EVAL)
+        elif config.TRAIN.FREEZE_BACKBONE:
             self.warnings.append(
-                f"{path} is for images of {side * pixels} pixels: its spatial projections are "
-                f"resampled from {side} x {side} to {new_side} x {new_side} tokens "
-                f"(DATA.IMAGE_SIZE {self.config.DATA.IMAGE_SIZE})"
-            )
-        if checkpoint.assign_weights(self.model, weights, path, not self.config.EVAL):
-            self.warnings.append(
-                f"the head in {path} has another number of classes than MODEL.NUM_CLASSES "
-                f"{self.config.MODEL.NUM_CLASSES}: the head starts anew"
+                "TRAIN.FREEZE_BACKBONE without -pretrained: what is frozen is as initialized"
             )
 
     def _make_folder(self):
         """The run's folder, which rank 0 names for all; a resumed run goes on in its own."""
-        if self.start_path and self.config.MODEL.RESUME == "auto":
-            folder = os.path.dirname(self.start_path)
+        if self.start.path and self.config.MODEL.RESUME == "auto":
+            folder = os.path.dirname(self.start.path)
             os.makedirs(folder, exist_ok=True)  # on another host that does not share the disk
             return folder
         kind = "eval" if self.config.EVAL else "train"
         folder = None
         if self.rank == 0:
             folder = _new_folder(self.config.SAVE, f"{kind}-{time.strftime('%Y%m%d-%H-%M-%S')}")
-        folder = utils.broadcast_object(folder)
+        folder = broadcast_object(folder)
         os.makedirs(folder, exist_ok=True)  # on another host
         return folder
 
@@ -222,93 +136,25 @@ class Run:
         remove_temporary_files(self.folder)
         write_text(os.path.join(self.folder, "config.yaml"), self.config.dump())
 
-    @property
-    def amp(self):
-        """Whether the model runs in mixed precision: asked for, and the device can."""
-        supported = {
-            "float16": paddle.amp.is_float16_supported,
-            "bfloat16": paddle.amp.is_bfloat16_supported,
-        }
-        return self.config.AMP and self.on_gpu and supported[self.config.AMP_DTYPE]()
-
-    @property
-    def on_gpu(self):
-        return paddle.get_device().startswith("gpu")
-
     def _log_start(self):
         parameters = sum(int(param.size) for param in self.model.parameters())
-        for line in utils.describe_machine(self.world_size):
+        for line in describe_machine(self.world_size):
             self.log.info(line)
         self.log.info(f"{self.config.MODEL.NAME}: {parameters:,} parameters")
         self.log.info(f"config:\n{self.config.dump().rstrip()}")
-        if self.config.MODEL.PRETRAINED and not self.start:
+        if self.config.MODEL.PRETRAINED and not self.start.path:
             self.log.info(f"weights from {self.config.MODEL.PRETRAINED}")
         for warning in dict.fromkeys(self.warnings):
             self.log.warning(warning)
 
-    def validate(self, model, title):
-        """Evaluates a model on the whole validation list; see engine.validate."""
-        batch_size = self.config.DATA.BATCH_SIZE_EVAL or self.config.DATA.BATCH_SIZE
-        sampler = EvalSampler(len(self.val_data), batch_size, self.rank, self.world_size)
-        transform = build_batch_transform(self.config, train=False)
-        with contextlib.closing(self.loader(self.val_data, sampler)) as batches:
-            bar = utils.progress_bar(batches, len(sampler), title, self.rank)
-            return engine.validate(model, bar, transform, self.autocast)
-
-    def compiled_model(self):
-        """The model for an evaluation alone: on a CPU as CPU_INFERENCE says."""
-        kind, images = self.config.CPU_INFERENCE, len(self.val_data) // self.world_size
-        if self.on_gpu or kind == "layers" or (kind == "auto" and images <= _WORTH_COMPILING):
-            return self.model
-        if not can_compile():
-            if kind != "auto":
-                self.log.warning(f"CPU_INFERENCE {kind} needs Paddle 3: the layers compute it")
-            return self.model
-        dtype = "bfloat16" if kind == "bfloat16" else "float32"
-        if dtype == "bfloat16" and not paddle.base.core.supports_bfloat16():
-            self.log.warning("CPU_INFERENCE bfloat16: this CPU has no such instructions: float32")
-            dtype = "float32"
-        self.log.info(f"Paddle Inference computes it in {dtype} (CPU_INFERENCE {kind})")
-        size = self.config.DATA.IMAGE_SIZE
-        return CompiledModel(self.model, [self.config.DATA.IMAGE_CHANNELS, size, size], dtype)
-
     def loader(self, dataset, sampler):
-        workers = self.config.DATA.NUM_WORKERS
-        if workers < 0:
-            workers = default_workers(self.on_gpu)
-        return build_loader(dataset, sampler, workers, local_ranks())
-
-
-def evaluate(run):
-    """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
-    model = run.compiled_model()
-    start = time.perf_counter()
-    scores = run.validate(model, "eval")
-    seconds = time.perf_counter() - start
-    path = run.config.MODEL.PRETRAINED
-    result = {
-        **scores,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(scores["images"] / seconds, 2),
-        "weights": path,
-        "weights_sha256": pdparams.sha256(path) if path else None,
-    }
-    run.log.info(describe_scores(scores))
-    run.metrics.write(kind="eval", **result)
-    if run.rank == 0:
-        text = to_json(result, indent=2) + "\n"
-        write_text(os.path.join(run.folder, "eval.json"), text)
-    run.log.info(f"outputs in {run.folder}")
-    return 0
+        """The batches of a sampler; see datasets.build_loader."""
+        workers = choose_workers(self.config.DATA.NUM_WORKERS, self.on_gpu)
+        return build_loader(dataset, sampler, workers, self.config.DATA.IMAGE_SIZE, local_ranks())
 
 
 def build_model(config):
     """The config's model; under TRAIN.FREEZE_BACKBONE its head alone trains, without dropout."""
-    frozen = config.TRAIN.FREEZE_BACKBONE
-    if frozen:
-        config = config.clone()
-        config.defrost()
-        config.MODEL.DROPOUT = config.MODEL.DROPPATH = 0.0
     try:
         model = build_gmlp(config)
     except ValueError as error:
@@ -318,8 +164,8 @@ def build_model(config):
         raise ConfigError(
             f"TRAIN.RECOMPUTE: Paddle {paddle.__version__} cannot do that on a CPU: take Paddle 3"
         )
-    for name, param in model.named_parameters():
-        param.stop_gradient = frozen and not name.startswith("head.")
+    if config.TRAIN.FREEZE_BACKBONE:
+        model.freeze_backbone()
     return model
 
 
@@ -337,8 +183,34 @@ def _new_folder(parent, name):
     raise ConfigError(f"{parent} has a thousand runs named {name}")
 
 
-def describe_scores(scores):
-    return (
-        f"Acc@1 {scores['acc1']:.2f} Acc@5 {scores['acc5']:.2f} loss {scores['loss']:.4f} "
-        f"on {scores['images']} images"
-    )
+def describe_machine(world_size):
+    """Lines about versions, device, ranks and threads for the start of a log."""
+    device = paddle.get_device()
+    if device.startswith("gpu"):
+        device += f" ({paddle.device.cuda.get_device_name()})"
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return [
+        f"python {platform.python_version()}, paddle {paddle.__version__}, "
+        f"numpy {np.__version__}, pillow {PIL.__version__}, {platform.platform()}",
+        f"device {device}, {world_size} rank(s), {threads} thread(s) per rank",
+        f"git revision {git_revision() or 'unknown (not a git checkout)'}",
+    ]
+
+
+def git_revision():
+    """The commit of this source tree, with "+" where files differ from it; None outside git."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    git = ["git", "-C", folder]
+    try:
+        # Not the revision of some other repository that this folder happens to lie in.
+        top = _output([*git, "rev-parse", "--show-toplevel"])
+        if os.path.realpath(top) != os.path.realpath(folder):
+            return None
+        changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+        return _output([*git, "rev-parse", "HEAD"]) + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _output(command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,138 @@
+"""Evaluation: scores as sums that add up exactly, one pass over a list, and the `-eval` program."""
+
+import contextlib
+import os
+import time
+
+import paddle
+from paddle.nn import functional as F
+
+from datasets import EvalSampler
+from ranks import stop
+from ranks.collective import all_reduce_sum
+from training.inference import choose_model
+from transforms import build_batch_transform
+from utils import SCORES, progress_bar, to_json, write_text
+from weights import pdparams
+
+
+class Scores:
+    """Top-1 and top-5 accuracy and loss, exact however images are spread over batches and ranks.
+
+    Until `reduce` everything is a sum over this rank's images, on the device.
+    """
+
+    def __init__(self):
+        self._correct = paddle.zeros([2], dtype="int64")
+        self._loss = paddle.zeros([], dtype="float64")
+        self._images = 0
+
+    def add(self, logits, labels):
+        """Counts a batch: float Tensor [batch, classes] and int64 Tensor [batch]."""
+        logits = logits.astype("float32")
+        self._correct += top_k_counts(logits, labels)
+        self._loss += F.cross_entropy(logits, labels, reduction="none").astype("float64").sum()
+        self._images += len(labels)
+
+    def reduce(self):
+        """Adds the ranks' sums up; a collective."""
+        self._correct = all_reduce_sum(self._correct)
+        self._loss = all_reduce_sum(self._loss)
+        self._images = int(all_reduce_sum(paddle.to_tensor(self._images, dtype="int64")))
+
+    def result(self):
+        """A dict of utils.SCORES, acc1 and acc5 in percent, and of images, their number."""
+        acc1, acc5 = (100 * int(count) / self._images for count in self._correct.numpy())
+        loss = float(self._loss) / self._images
+        return dict(zip(SCORES, (acc1, acc5, loss)), images=self._images)
+
+
+def describe(result):
+    """A result of Scores as a sentence for the log."""
+    return (
+        f"Acc@1 {result['acc1']:.2f} Acc@5 {result['acc5']:.2f} loss {result['loss']:.4f} "
+        f"on {result['images']} images"
+    )
+
+
+def top_k_counts(logits, labels, ks=(1, 5)):
+    """How many rows have their label among the k largest logits.
+
+    Args:
+        logits: float Tensor [batch, classes].
+        labels: int64 Tensor [batch].
+        ks: the k values; one above the number of classes counts every row.
+
+    Returns:
+        int64 Tensor [len(ks)]: a sum, so that ranks and batches of any size add up exactly.
+    """
+    own = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1)
+    # Behind the label: smaller logits, and equal ones of later classes.  Asked this way round, a
+    # NaN is behind nothing and a model of NaNs gets nothing right.
+    later = paddle.arange(logits.shape[1]).unsqueeze(0) >= labels.unsqueeze(1)
+    behind = (logits < own) | ((logits == own) & later)
+    place = (~behind).astype("int64").sum(axis=1)  # of each row's label, from 0
+    return paddle.stack([(place < k).astype("int64").sum() for k in ks])
+
+
+@paddle.no_grad()
+def validate(model, batches, batch_transform, autocast):
+    """One exact pass: every image once, over all ranks.
+
+    Args:
+        model: gives logits [batch, classes].
+        batches: iterable of (uint8 [batch, H, W, 3], labels [batch]); ranks may have different
+            numbers of them, as communication waits for the end.
+        batch_transform: (images, labels) -> (float images, labels).
+        autocast: makes the context in which the model runs.
+
+    Returns:
+        What Scores.result gives.
+
+    Raises:
+        stop.Stopped: the run was asked to end.
+    """
+    model.eval()
+    scores = Scores()
+    for images, labels in batches:
+        stop.request.raise_if_asked()
+        images, labels = batch_transform(images, labels)
+        with autocast():
+            logits = model(images)
+        scores.add(logits, labels)
+    stop.barrier()
+    scores.reduce()
+    return scores.result()
+
+
+def validate_run(run, model, title):
+    """Validates a model on the whole validation list of a run; see validate."""
+    data = run.config.DATA
+    batch_size = data.BATCH_SIZE_EVAL or data.BATCH_SIZE
+    sampler = EvalSampler(len(run.val_data), batch_size, run.rank, run.world_size)
+    transform = build_batch_transform(run.config, train=False)
+    with contextlib.closing(run.loader(run.val_data, sampler)) as batches:
+        bar = progress_bar(batches, len(sampler), title, shown=run.rank == 0)
+        return validate(model, bar, transform, run.autocast)
+
+
+def evaluate(run):
+    """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
+    model = choose_model(run)
+    start = time.perf_counter()
+    scores = validate_run(run, model, "eval")
+    seconds = time.perf_counter() - start
+    path = run.config.MODEL.PRETRAINED
+    result = {
+        **scores,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(scores["images"] / seconds, 2),
+        "weights": path,
+        "weights_sha256": pdparams.sha256(path),
+    }
+    run.log.info(describe(scores))
+    run.metrics.write(kind="eval", **result)
+    if run.rank == 0:
+        write_text(os.path.join(run.folder, "eval.json"), to_json(result, indent=2) + "\n")
+    run.log.info(f"outputs in {run.folder}")
+    return 0

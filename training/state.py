@@ -1,0 +1,312 @@
+"""What a training checkpoint means: what is written, what a file may hold, how a run goes on.
+
+A dict in PaddleViT's layout (model, model_ema, optimizer, epoch, lr_scheduler, amp_grad_scaler)
+plus what an exact resume needs (step, batch, loss, best, run).  Random states are not in it: every
+draw is a function of the place in the training.
+"""
+
+import math
+import os
+import re
+from typing import NamedTuple
+
+import paddle
+
+from ranks.report import busy
+from weights import WeightsError, assign_weights, checkpoint, pdparams
+from weights.checkpoint import check_weights, is_empty, weights_of
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is infinite or not a number: going on, or saving, would only spoil the weights."""
+
+
+class Place(NamedTuple):
+    """How far training is: `epoch` epochs, and `batch` batches of the next with a mean loss."""
+
+    epoch: int
+    batch: int = 0
+    loss: float = 0.0
+
+
+def describe_place(training):
+    """How far a training is, for the log."""
+    epoch, batch, _ = training.place
+    place = f"epoch {epoch + 1}, batch {batch}/{training.batches}" if batch else f"epoch {epoch}"
+    return f"{place}, step {training.updater.step}"
+
+
+# --- written ---
+
+
+def save(training, keep=False, best=False):
+    """Writes a checkpoint of a training's place, on rank 0; the others know of it, and go on.
+
+    Args:
+        training: a training.train.Training between two steps.
+        keep: under the name of the epoch too.
+        best: as the best model too.
+
+    Raises:
+        NonFiniteLoss: a weight is not finite, which the loss shows a step later; nothing is saved.
+        OSError: the disk is full, the folder gone or read-only; the earlier files are as they were.
+    """
+    finite = [paddle.isfinite(param).all() for param in training.run.model.parameters()]
+    if not bool(paddle.stack(finite).all()):
+        raise NonFiniteLoss("a weight is not a finite number")
+    if training.run.rank == 0:
+        with busy():  # a slow disk is no hang
+            _write(training, keep, best)
+    training.saved = os.path.join(training.run.folder, "last.pdparams")
+    training.saved_place = training.place
+
+
+def _write(training, keep, best):
+    folder, log, keep_last = training.run.folder, training.run.log, training.config.KEEP_LAST
+    names = ["best"] if best else []
+    names += [f"Epoch-{training.place.epoch}"] if keep else []
+    # The best model before the checkpoint that knows of its score.
+    if best:
+        path = os.path.join(folder, "best_weights.pdparams")
+        pdparams.write(path, training.ema.average.state_dict())
+    checkpoint.save(folder, collect(training), names, training.saved)
+    names = ", ".join(f"{name}.pdparams" for name in ("last", *names))
+    log.info(f"saved {names} ({describe_place(training)})")
+    if keep and keep_last:
+        for line in checkpoint.remove_old_epochs(folder, keep_last):
+            log.info(line)
+
+
+def collect(training):
+    """Everything that going on from this place needs, a tree for weights/checkpoint.py."""
+    tree = {
+        "model": training.run.model.state_dict(),
+        "optimizer": optimizer_state(training.optimizer, training.run.model),
+        "epoch": training.place.epoch,
+        "lr_scheduler": {
+            "last_epoch": training.updater.step,
+            "last_lr": training.optimizer.get_lr(),
+        },
+        "amp_grad_scaler": training.scaler.state_dict(),
+        "step": training.updater.step,
+        "batch": training.place.batch,
+        "loss": training.place.loss,
+        "best": training.best,
+        "run": run_facts(training),
+    }
+    if training.config.TRAIN.MODEL_EMA:
+        tree["model_ema"] = training.ema.average.state_dict()
+    return tree
+
+
+def run_facts(training):
+    """What has to be the same for a resumed run to be the same bit for bit."""
+    config = training.config
+    return {
+        "model_name": config.MODEL.NAME,
+        "images": len(training.run.train_data),
+        "ranks": training.run.world_size,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
+        "batch_size": config.DATA.BATCH_SIZE,
+        "accum_iter": training.accum_iter,
+        "seed": config.SEED,
+        "optimizer": config.TRAIN.OPTIMIZER.NAME,
+        "lr_schedule": config.TRAIN.LR_SCHEDULE,
+    }
+
+
+def optimizer_state(optimizer, model):
+    """The optimizer's tensors under structured names, such as `head.weight.moment1`.
+
+    Paddle's own names ("linear_0.w_0_moment1_0") depend on what else the process has created.
+    """
+    state = optimizer.state_dict()
+    return {name: state[own] for name, own in _state_names(model, state).items()}
+
+
+def _state_names(model, state):
+    """Structured name of each tensor of an optimizer's state -> Paddle's own name."""
+    structured = {param.name: name for name, param in model.named_parameters()}
+    names = {}
+    for own in state:
+        match = re.match(r"(.+?\.[wb]_\d+)_(.+)_\d+$", own)
+        if match:
+            names[f"{structured[match.group(1)]}.{match.group(2)}"] = own
+    return names
+
+
+# --- checked ---
+
+
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_name(value):
+    # It goes into a warning: no line ends or terminal escapes.
+    return type(value) is str and value.isprintable() and len(value) <= 200
+
+
+# What a file may hold beside weights and optimizer state, which are checked against the model.  Any
+# key may be missing, as in PaddleViT's files.
+_SCHEMA = {
+    "epoch": _is_count,
+    "step": _is_count,
+    "batch": _is_count,
+    "loss": _is_finite,
+    "best": {"acc1": _is_finite, "epoch": _is_count},
+    "run": {
+        **dict.fromkeys(("model_name", "optimizer", "lr_schedule"), _is_name),
+        **dict.fromkeys(("images", "ranks", "threads", "batch_size"), _is_count),
+        **dict.fromkeys(("accum_iter", "seed"), _is_count),
+    },
+    "amp_grad_scaler": {},
+}
+
+
+def read(path, require_checksum=False):
+    """A training checkpoint's tree, with its numbers checked; see weights.pdparams.read.
+
+    A bare state dict comes back as {"model": state dict}.
+
+    Raises:
+        WeightsError: the file cannot be read, or what is in it cannot be.
+    """
+    tree = pdparams.read(path, require_checksum)
+    if "model" not in tree:
+        return {"model": weights_of(tree, path)}
+    weights_of({"model": tree["model"]}, path)
+    if is_empty(tree.get("model_ema")):
+        tree["model_ema"] = None
+    else:
+        weights_of({"model": tree["model_ema"]}, path)
+    wrong = _wrong_keys(tree, _SCHEMA)
+    if not wrong and not _has_that_batch(tree):
+        wrong = ["batch"]
+    if wrong:
+        raise WeightsError(
+            f"{path}: {' and '.join(wrong)} in it cannot be: take another checkpoint"
+        )
+    return tree
+
+
+def _wrong_keys(tree, schema):
+    """The keys whose values are not what the schema says: a function that is true, or a dict."""
+    return [
+        key
+        for key, wanted in schema.items()
+        if key in tree and not (wanted(tree[key]) if callable(wanted) else _fits(tree[key], wanted))
+    ]
+
+
+def _fits(value, schema):
+    return isinstance(value, dict) and not _wrong_keys(value, schema)
+
+
+def _has_that_batch(tree):
+    """Whether an epoch of the run that made a checkpoint has as many batches as it counts."""
+    if not tree.get("batch"):
+        return True
+    run = tree.get("run", {})
+    images, batch_size, ranks = (run.get(key, 0) for key in ("images", "batch_size", "ranks"))
+    return 0 < batch_size * ranks * tree["batch"] <= images
+
+
+def check(tree, model, path):
+    """Raises WeightsError where a tree's weights, or their average, are not those of a model."""
+    for weights in filter(None, (tree["model"], tree.get("model_ema"))):
+        check_weights(model, weights, path)
+
+
+# --- restored ---
+
+
+def restore(training, tree, path):
+    """Goes on from a checkpoint; what it lacks (as PaddleViT's do) is said and starts fresh.
+
+    The model has its weights already.
+
+    Args:
+        training: a training.train.Training before its first step, which is changed.
+        tree: what read gave.
+        path: where it is from.
+    """
+    log, config = training.run.log, training.config
+    if "epoch" in tree:
+        _move_to_place(training, tree, path)
+        if os.path.dirname(path) == training.run.folder:  # where the best model's files are
+            training.best = {**training.best, **tree.get("best", {})}
+    else:
+        epoch = training.place.epoch + 1
+        log.warning(f"{path} has no epoch: starting at {epoch} with its weights")
+    if not restore_optimizer(training.optimizer, training.run.model, tree.get("optimizer")):
+        log.warning(f"{path} has no optimizer state that can be matched: it starts fresh")
+    if training.scaler.is_enable() and tree.get("amp_grad_scaler"):
+        training.scaler.load_state_dict(tree["amp_grad_scaler"])
+    if config.TRAIN.MODEL_EMA:
+        if not tree.get("model_ema"):
+            log.warning(f"{path} has no averaged weights (EMA): they start from the model's")
+        assign_weights(training.ema.average, tree.get("model_ema") or tree["model"], path)
+    log.info(f"going on with {_describe_next(training)} from {path}")
+    training.saved, training.saved_place = path, training.place
+
+
+def _describe_next(training):
+    epoch, batch, _ = training.place
+    if batch == training.batches:
+        return f"the end of epoch {epoch + 1}"
+    return f"epoch {epoch + 1}" + (f", batch {batch + 1}/{training.batches}" if batch else "")
+
+
+def _move_to_place(training, tree, path):
+    """Epoch, batch and step of a checkpoint; with other facts, the same place in the epoch."""
+    facts, old = run_facts(training), tree.get("run", {})
+    layout = ("images", "ranks", "batch_size", "accum_iter")
+    batch = tree.get("batch", 0)
+    step = tree.get("step", tree["epoch"] * training.steps_per_epoch)
+    if any(facts[key] != old.get(key) for key in layout):
+        images = batch * old.get("batch_size", 0) * old.get("ranks", 0)
+        batch = min(images // (facts["batch_size"] * facts["ranks"]), training.batches)
+        if batch < training.batches:
+            batch -= batch % training.accum_iter
+        step = tree["epoch"] * training.steps_per_epoch + -(-batch // training.accum_iter)
+    training.place = Place(tree["epoch"], batch, tree.get("loss", 0.0))
+    training.updater.move_to(step)
+    changes = [
+        f"{key} {old[key]} (now {value})"
+        for key, value in facts.items()
+        if key in old and old[key] != value
+    ]
+    if changes or not old:
+        made = "made with " + ", ".join(changes) if changes else "made by another program"
+        training.run.log.warning(
+            f"{path} was {made}: going on at the same place in the epoch, not bit for bit"
+        )
+
+
+def restore_optimizer(optimizer, model, state):
+    """Puts what optimizer_state gave back.  Returns whether every tensor was there and fits."""
+    _create_accumulators(optimizer, [p for p in model.parameters() if not p.stop_gradient])
+    current = optimizer.state_dict()
+    names = _state_names(model, current)
+    if not isinstance(state, dict) or any(
+        getattr(state.get(structured), "shape", None) != tuple(current[own].shape)
+        or state[structured].dtype.kind != "f"
+        for structured, own in names.items()
+    ):
+        return False
+    for structured, own in names.items():
+        current[own].set_value(paddle.to_tensor(state[structured]).astype(current[own].dtype))
+    return True
+
+
+def _create_accumulators(optimizer, parameters):
+    """Makes an optimizer's state now; Paddle makes it at the first step, under its own names."""
+    if optimizer.helper is None:  # Paddle 3 makes one here by itself
+        optimizer.helper = paddle.base.layer_helper.LayerHelper(type(optimizer).__name__)
+    block = paddle.static.default_main_program().global_block()
+    optimizer._create_accumulators(block, parameters)
