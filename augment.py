@@ -218,18 +218,31 @@ class RandAugment:
     """`num_layers` operators drawn with replacement, each applied with probability `prob`.
 
     Levels are normal(magnitude, magnitude_std), clipped to 0..10. Source: arXiv 1909.13719.
+
+    Args:
+        operators: names in OPERATORS; None for timm's, RAND_AUGMENT_OPERATORS.
     """
 
-    def __init__(self, num_layers=2, magnitude=9, magnitude_std=0.5, prob=0.5, resample=BICUBIC):
+    def __init__(
+        self, num_layers=2, magnitude=9, magnitude_std=0.5, prob=0.5, resample=BICUBIC,
+        operators=None,
+    ):  # fmt: skip
         self.num_layers, self.prob, self.resample = num_layers, prob, resample
         self.magnitude, self.magnitude_std = magnitude, magnitude_std
+        self.operators = operators or RAND_AUGMENT_OPERATORS
+        unknown = next((name for name in self.operators if name not in OPERATORS), None)
+        if unknown is not None:
+            raise ValueError(
+                f"TRAIN.RAND_AUGMENT_OPERATORS: there is no operator {unknown!r}; there are "
+                + ", ".join(OPERATORS)
+            )
 
     def __call__(self, image, rng):
         """PIL image (mode RGB) and numpy Generator to PIL image of the same size."""
-        for index in rng.integers(len(RAND_AUGMENT_OPERATORS), size=self.num_layers):
+        for index in rng.integers(len(self.operators), size=self.num_layers):
             if rng.random() < self.prob:
                 level = min(max(rng.normal(self.magnitude, self.magnitude_std), 0), MAX_LEVEL)
-                name = RAND_AUGMENT_OPERATORS[index]
+                name = self.operators[index]
                 image = apply_op(image, name, level, rng.choice((1, -1)), self.resample)
         return image
 

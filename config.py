@@ -11,7 +11,6 @@ import ast
 import contextlib
 import difflib
 import os
-import reprlib
 import sys
 import warnings
 from collections import namedtuple
@@ -19,13 +18,14 @@ from collections import namedtuple
 import yaml
 from yacs.config import CfgNode
 
-from files import show_path
+from utils import UserError, cause, show, show_path
 
 _NO_LIMIT = sys.float_info.max  # so that infinity and NaN are refused
 _ABOVE_0 = 5e-324  # the smallest float
+_ANY = "any"  # length of a list that is not empty
 
 # A key's default, its type (of the items, for a list), whether None is allowed, the smallest and
-# largest value (both allowed), the only values allowed, and for a list its length.
+# largest value (both allowed), the only values allowed, and for a list its length or _ANY.
 _Key = namedtuple("_Key", "default kind none low high choices length")
 
 
@@ -45,6 +45,10 @@ def _text(default, none=False, choices=None):
     return _Key(default, str, none, None, None, choices, None)
 
 
+def _texts(default, none=False):
+    return _Key(default, str, none, None, None, None, _ANY)
+
+
 def _switch(default):
     return _Key(default, bool, False, None, None, None, None)
 
@@ -54,7 +58,7 @@ _KEYS = {
     "DATA.BATCH_SIZE": _whole(256, 1),  # training images per device and batch
     "DATA.BATCH_SIZE_EVAL": _whole(None, 1, none=True),  # the same in evaluation; None: BATCH_SIZE
     "DATA.DATA_PATH": _text("/dataset/imagenet/"),  # folder of train_list.txt and val_list.txt
-    "DATA.DATASET": _text("imagenet2012", choices=["imagenet2012"]),  # the layout of that folder
+    "DATA.DATASET": _text("imagenet2012"),  # the layout of that folder, one of datasets.DATASETS
     "DATA.IMAGE_SIZE": _whole(224, 1),  # height and width that the model sees, pixels
     "DATA.IMAGE_CHANNELS": _whole(3, 1),  # the loader gives RGB: only 3 can be trained or evaluated
     "DATA.CROP_PCT": _real(0.875, 0.01, 1),  # evaluation: what the crop keeps of the short side
@@ -84,6 +88,7 @@ _KEYS = {
     "TRAIN.BASE_LR": _real(1e-3, 0),  # learning rate after warm-up, before linear scaling
     "TRAIN.WARMUP_START_LR": _real(1e-6, 0),  # learning rate of the first step, before scaling
     "TRAIN.END_LR": _real(1e-5, 0),  # learning rate at the end of the cosine, before scaling
+    "TRAIN.LR_SCHEDULE": _text("cosine", choices=["cosine"]),  # new: its curve after warm-up
     "TRAIN.GRAD_CLIP": _real(None, _ABOVE_0, none=True),  # largest global norm of the gradients
     "TRAIN.ACCUM_ITER": _whole(1, 1),  # batches whose gradients make one optimizer step
     "TRAIN.LINEAR_SCALED_LR": _real(512, 1, none=True),  # learning rates x images per step / this
@@ -107,6 +112,8 @@ _KEYS = {
     "TRAIN.RAND_AUGMENT": _switch(True),  # RandAugment; wins where AUTO_AUGMENT is on as well
     "TRAIN.RAND_AUGMENT_LAYERS": _whole(2, 0, 100),  # operators drawn per image
     "TRAIN.RAND_AUGMENT_MAGNITUDE": _real(9, 0, 10),
+    # new: the operators that it draws from, names of augment.py's OPERATORS; None: timm's 15
+    "TRAIN.RAND_AUGMENT_OPERATORS": _texts(None, none=True),
     "TRAIN.CROP_SCALE": _reals([0.08, 1.0], 2, _ABOVE_0, 1),  # new: random crop / image, by area
     "TRAIN.CROP_RATIO": _reals([3 / 4, 4 / 3], 2, _ABOVE_0),  # new: random crop, width / height
     "TRAIN.HFLIP": _real(0.5, 0, 1),  # new: probability of a horizontal flip
@@ -134,7 +141,6 @@ _KEYS = {
     # new: what computes -eval on a CPU: the model's layers, or Paddle Inference in a type; auto:
     # Paddle Inference in float32 for more than 1,000 images a rank, as it takes seconds to start
     "CPU_INFERENCE": _text("auto", choices=["auto", "layers", "float32", "bfloat16"]),
-    "VISUALDL": _switch(False),  # new: show a training in VisualDL, from its folder's visualdl/
     "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
     "EVAL": _switch(False),  # evaluate only
     "AMP": _switch(False),  # mixed precision on GPU, in training and evaluation
@@ -143,14 +149,11 @@ _KEYS = {
 }
 # fmt: on
 _ORDERED = ("TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.CUTMIX_MINMAX")  # [min, max]
-_HINTS = {
-    "DATA.DATASET": " (any data set works in that layout: a folder with images, train_list.txt and "
-    "val_list.txt, see the README's data preparation)",
+# Keys that are gone: YAML files that have them still load, with this sentence for any other value.
+_GONE = {
+    "VISUALDL": (False, "no longer does anything: tools/to_visualdl.py RUN shows a run in VisualDL")
 }
-# Characters of a configuration's YAML files; a few thousand are normal, and PyYAML takes its time.
-_YAML_LIMIT = 1 << 15
-_DEPTH_LIMIT = 50  # of lists and sections in each other; a configuration has four
-_FILES_LIMIT = 50  # YAML files of a configuration
+_YAML_LIMIT = 1 << 15  # characters of a file; a few thousand are normal, and PyYAML takes its time
 _LITERAL_LIMIT = 200  # characters of a Python literal, such as (0.9, 0.999)
 
 # The program's flag -> the keys that it sets.
@@ -173,8 +176,12 @@ _FLAGS = {
 }
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one sentence for the person who wrote it."""
+class ConfigWarning(UserWarning):
+    """A setting without effect; the message is one sentence for the person who wrote it."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used; the message names the file, the flag or the key."""
 
 
 def get_config(path=None):
@@ -188,7 +195,7 @@ def get_config(path=None):
     """
     config = _defaults()
     if path:
-        _merge_file(config, path, [])
+        _merge_file(config, path)
     return config
 
 
@@ -205,7 +212,7 @@ def update_config(config, args):
     """
     config.defrost()
     if getattr(args, "cfg", None):
-        _merge_file(config, args.cfg, [])
+        _merge_file(config, args.cfg)
     for flag, keys in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is None or value is False:  # a switch that is not given leaves the file's value
@@ -243,23 +250,10 @@ def _defaults():
     return config
 
 
-def _merge_file(config, path, read, children=()):
-    """Merges a YAML file after its BASE parents.
-
-    Args:
-        config: the CfgNode to change.
-        path: the file.
-        read: the texts of all files so far, in a list that grows.
-        children: the files that led here.
-    """
+def _merge_file(config, path, children=()):
+    """Merges a YAML file after its BASE parents; `children` are the files that led here."""
     name = show_path(path)
-    read.append(_read_text(path, name))
-    if len(read) > _FILES_LIMIT:
-        raise ConfigError(f"{name}: BASE leads to more than {_FILES_LIMIT} files")
-    if sum(map(len, read)) > _YAML_LIMIT:
-        files = "this config file is" if len(read) == 1 else "this and its BASE files are"
-        raise ConfigError(f"{name}: {files} larger than {_YAML_LIMIT:,} characters")
-    tree = _read_yaml(read[-1], name)
+    tree = _read_yaml(path, name)
     real_path = os.path.realpath(path)
     if real_path in children:
         raise ConfigError(f"{name}: BASE leads back to this file: a cycle")
@@ -270,58 +264,27 @@ def _merge_file(config, path, read, children=()):
         raise ConfigError(f"{name}: BASE must be a list of YAML files")
     for parent in filter(None, parents):
         parent_path = os.path.join(os.path.dirname(path), parent)
-        _merge_file(config, parent_path, read, (*children, real_path))
+        _merge_file(config, parent_path, (*children, real_path))
     _merge_tree(config, tree, "", name)
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML without merge keys, a few lines of which can grow without bound, and not deep."""
-
-    depth = 0
-
-    def compose_node(self, parent, index):
-        self.depth += 1
-        if self.depth > _DEPTH_LIMIT:
-            raise yaml.YAMLError("it is nested too deeply")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def flatten_mapping(self, node):
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError("merge keys (<<) are not supported")
-
-    def construct_object(self, node, deep=False):
-        try:
-            return super().construct_object(node, deep)
-        except yaml.YAMLError:
-            raise
-        except Exception as error:  # nearly any, for 2021-13-45, `!!int ""` and `!!bool x`
-            kind = node.tag.split(":")[-1]
-            problem = f"this is no {kind}: {_show(node.value)}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
-
-
-def _read_text(path, name):
-    """A file's text, or a little more than is allowed; `name` is what messages call the file."""
+def _read_yaml(path, name):
+    """The dict that a YAML file holds; `name` is what messages call the file."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return file.read(_YAML_LIMIT + 1)
+            text = file.read(_YAML_LIMIT + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: this config file is not UTF-8 text") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name}: cannot read this config file: {reason}") from error
-
-
-def _read_yaml(text, name):
-    """The dict that a YAML text holds."""
+        raise ConfigError(f"{name}: cannot read this config file: {cause(error)}") from error
+    if len(text) > _YAML_LIMIT:
+        raise ConfigError(f"{name}: this config file is larger than {_YAML_LIMIT:,} characters")
     try:
-        tree = yaml.load(text, _YamlLoader)
-    except Exception as error:  # an escape beyond Unicode is a ValueError or an OverflowError
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{name}: this is not valid YAML: {reason}") from error
+        tree = yaml.safe_load(text)
+    except (
+        Exception
+    ) as error:  # of any type: what is no date is a ValueError, depth a RecursionError
+        raise ConfigError(f"{name}: this is not valid YAML: {cause(error)}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -331,7 +294,7 @@ def _read_yaml(text, name):
 
 def _merge_tree(config, tree, prefix, source):
     for name, value in tree.items():
-        key = prefix + (name if isinstance(name, str) else _show(name))
+        key = prefix + (name if isinstance(name, str) else show(name))
         if _is_section(key) and isinstance(value, dict):
             _merge_tree(config, value, f"{key}.", source)
         elif _is_section(key) and value is None:
@@ -348,8 +311,13 @@ def _set(config, key, value, source):
     """Sets one full key of the configuration."""
     if key == "BASE":
         raise ConfigError(f"{source}: BASE can only be set in a YAML file")
+    if key in _GONE:
+        default, sentence = _GONE[key]
+        if value != default:
+            warnings.warn(f"{source}: {key} {sentence}", ConfigWarning, stacklevel=2)
+        return
     if key not in _KEYS:
-        raise ConfigError(f"{source}: there is no key {_show(key)}{_suggest(key)}")
+        raise ConfigError(f"{source}: there is no key {show(key)}{_suggest(key)}")
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
@@ -378,21 +346,23 @@ def _convert(key, value):
     """`value` in the key's type; ValueError says what is wrong with it."""
     spec = _KEYS[key]
     # As yacs does: PaddleViT's files write None and (0.9, 0.999), which are text in YAML.
-    if isinstance(value, str) and (spec.kind is not str or value == "None"):
+    if isinstance(value, str) and (spec.kind is not str or spec.length or value == "None"):
         value = _literal(value)
     if value is None and spec.none:
         return None
     if spec.length:
-        if not isinstance(value, (list, tuple)) or len(value) != spec.length:
-            raise ValueError(f"must be a list of {spec.length} numbers, not {_show(value)}")
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0
+        if not is_list or spec.length not in (_ANY, len(value)):
+            what = "names" if spec.length == _ANY else f"{spec.length} numbers"
+            raise ValueError(f"must be a list of {what}, not {show(value)}")
         value = type(spec.default or [])(_convert_one(spec, item) for item in value)
         if key in _ORDERED and value[0] > value[1]:
-            raise ValueError(f"is {_show(value)}, the first value must be the smaller")
+            raise ValueError(f"is {show(value)}, the first value must be the smaller")
         return value
     value = _convert_one(spec, value)
     if spec.choices and value not in spec.choices:
         choices = " or ".join(map(repr, spec.choices))
-        raise ValueError(f"must be {choices}, not {_show(value)}{_HINTS.get(key, '')}")
+        raise ValueError(f"must be {choices}, not {show(value)}")
     return value
 
 
@@ -416,11 +386,11 @@ def _convert_one(spec, value):
         value = int(value)
     if type(value) is not spec.kind and not (spec.kind is float and is_number):
         name = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-        raise ValueError(f"must be {name[spec.kind]}, not {_show(value)}")
+        raise ValueError(f"must be {name[spec.kind]}, not {show(value)}")
     if spec.kind is str and not _is_plain(value):
-        raise ValueError(f"is {_show(value)}, with a character that no path can hold")
+        raise ValueError(f"is {show(value)}, with a character that no path can hold")
     if spec.low is not None and not spec.low <= value <= spec.high:  # true for NaN
-        raise ValueError(f"is {_show(value)}, it must be {_describe_range(spec)}")
+        raise ValueError(f"is {show(value)}, it must be {_describe_range(spec)}")
     return value
 
 
@@ -442,20 +412,9 @@ def _describe_range(spec):
 
 def _parse(key, text):
     """A value of -opts, read as YAML would read it; text stays text where the key holds text."""
-    if key in _KEYS and _KEYS[key].kind is str:
+    if key in _KEYS and _KEYS[key].kind is str and not _KEYS[key].length:
         return None if text == "null" else text
-    if len(text) > _YAML_LIMIT:
-        return text
     try:
-        return yaml.load(text, _YamlLoader)
+        return yaml.safe_load(text)
     except Exception:  # as in _read_yaml
         return text  # _convert says what was expected instead
-
-
-def _show(value):
-    """A short text for any value, however deep or long."""
-    try:
-        text = reprlib.repr(value)
-    except ValueError:  # an int of thousands of digits
-        return "a very large number"
-    return text if len(text) <= 100 else text[:97] + "..."

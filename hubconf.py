@@ -63,28 +63,15 @@ def _load(name, pretrained, num_classes, image_size):
             "and tools/port_weights.py makes such a file of timm's)"
         )
     with _own_modules():
-        checkpoint, config, gmlp, resample = map(
-            importlib.import_module, ("weights.checkpoint", "config", "gmlp", "weights.resample")
-        )
+        config, gmlp, weights = map(importlib.import_module, ("config", "gmlp", "weights"))
     settings = config.update_config(
         config.get_config(os.path.join(_HERE, "configs", f"{name}.yaml")),
         types.SimpleNamespace(num_classes=num_classes, image_size=image_size),
     )
     model = gmlp.build_gmlp(settings)
     if pretrained:
-        weights = checkpoint.load_weights(pretrained)
-        tokens = model.patch_embed.num_tokens
-        weights, side = resample.resample_weights(weights, tokens, pretrained)
-        has_new_head = checkpoint.assign_weights(model, weights, pretrained, allow_new_head=True)
-        if side:
-            warnings.warn(
-                f"{pretrained}: resampled for images of {image_size} pixels", stacklevel=4
-            )
-        if has_new_head:
-            warnings.warn(
-                f"{pretrained}: its head is not for {num_classes} classes: the head starts anew",
-                stacklevel=4,
-            )
+        for sentence in weights.load_into(model, pretrained, allow_new_head=True):
+            warnings.warn(sentence, stacklevel=4)
     return model
 
 

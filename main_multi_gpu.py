@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # with -P too
 
 try:
-    from config import get_config, update_config
-    from ranks import host, launch
+    from config import ConfigWarning, get_config, update_config
+    from ranks import host, launch, report
+    from utils import UserError, describe_error
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
@@ -60,15 +62,18 @@ def main(argv):
         parser.print_usage(sys.stderr)
         return 2
     args = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"{parser.prog}: {message}\n"
+    if report.has_launcher():  # which has said it
+        warnings.simplefilter("ignore", ConfigWarning)
     try:
         config = update_config(get_config(), args)
-        if not host.is_rank():
+        if not launch.is_rank():
             gpus = launch.count_gpus()
             ranks, warning = launch.choose_ranks(args.nprocs, gpus)
-    except ValueError as error:  # ConfigError, and choose_ranks's
-        host.report_error(f"{parser.prog}: {error}")
+    except UserError as error:
+        report.report_error(f"{parser.prog}: {error}")
         return 2
-    if host.is_rank():
+    if launch.is_rank():
         return run_rank(config)
     if warning:
         print(f"{parser.prog}: {warning}", file=sys.stderr, flush=True)
@@ -84,30 +89,29 @@ def run_rank(config):
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; stop.py's handler comes later
     host.import_paddle()
-    from config import ConfigError
-    from datasets import DataError, explain_dead_workers
-    from training.engine import NonFiniteLoss
-    from training.run import Run, evaluate
-    from training.train import Trainer
-    from weights.checkpoint import WeightsError
+    from ranks.loader import explain_dead_workers
+    from training.evaluate import evaluate
+    from training.run import Run
+    from training.state import NonFiniteLoss
+    from training.train import Training
 
     config.freeze()
     try:
         run = Run(config)
-        program = functools.partial(evaluate, run) if config.EVAL else Trainer(run).train
-    except (ConfigError, DataError, WeightsError, OSError) as error:
-        host.report_error(host.describe_error(error), 2)
+        program = functools.partial(evaluate, run) if config.EVAL else Training(run).train
+    except (UserError, OSError) as error:
+        report.report_error(describe_error(error), 2)
         return 2
     try:
         with explain_dead_workers():
             return program()
-    except (DataError, WeightsError, NonFiniteLoss, OSError) as error:
-        message = host.describe_error(error)
-        host.report_error(message, 1)
+    except (UserError, NonFiniteLoss, OSError) as error:
+        message = describe_error(error)
+        report.report_error(message, 1)
         run.log.error(message)
     except Exception as error:  # a bug, or a rank that another one left alone
         run.log.error(traceback.format_exc(), extra={"file_only": True})
-        host.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
+        report.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
     return 1
 
 

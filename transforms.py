@@ -129,12 +129,14 @@ def build_transform(config, train):
     """The transform of one image, called with (image, rng), that `config` asks for.
 
     TRAIN.RAND_AUGMENT wins over AUTO_AUGMENT; COLOR_JITTER is for when both are off (as PaddleViT).
+    Raises ValueError for an unknown operator.
     """
     if not train:
         return EvalTransform(config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
     options, augment = config.TRAIN, None
     if options.RAND_AUGMENT:
-        augment = RandAugment(options.RAND_AUGMENT_LAYERS, options.RAND_AUGMENT_MAGNITUDE)
+        layers, magnitude = options.RAND_AUGMENT_LAYERS, options.RAND_AUGMENT_MAGNITUDE
+        augment = RandAugment(layers, magnitude, operators=options.RAND_AUGMENT_OPERATORS)
     elif options.AUTO_AUGMENT:
         augment = AutoAugment()
     elif options.COLOR_JITTER:
