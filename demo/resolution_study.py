@@ -6,7 +6,7 @@
 Prints a table: Acc@1 on val_list.txt at each size, in percent and as a share of that at the size of
 -cfg, with the spatial projections
 
-    resampled   by resample.py, as -pretrained with another -image_size does it
+    resampled   by weights/resample.py, as -pretrained with another -image_size does it
     nearest     copied from the nearest token, as they are
     scaled      the same, with the sum over the source tokens corrected for their number
     new         initialized anew
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m
 from config import ConfigError, get_config, update_config
 from ranks import host
 from tools import common
+from utils import progress_bar
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -69,10 +70,10 @@ def work(args):
             )
     os.environ.setdefault("OMP_NUM_THREADS", str(host.available_cores()))
     common.import_paddle()
-    from weights import checkpoint
+    from weights.checkpoint import check_weights, load_weights
 
-    weights = checkpoint.load_weights(args.pretrained)
-    checkpoint.check_weights(_build(config, own), weights, args.pretrained)
+    weights = load_weights(args.pretrained)
+    check_weights(_build(config, own), weights, args.pretrained)
     own_accuracy = accuracy(config, own, weights, str(own))
     print(f"{'pixels':>8}{'tokens':>9}" + "".join(f"{name:>18}" for name in _METHODS))
     for size in dict.fromkeys(sizes):
@@ -92,16 +93,17 @@ def convert(weights, config, size, method):
     """The weights for images of `size` pixels, by one of _METHODS."""
     import paddle
 
-    from weights.resample import resample_weights
+    from weights import resample_weights
 
-    side = size // config.MODEL.MIXER.PATCH_SIZE
+    paddle.seed(config.SEED)
+    model = _build(config, size)
     if method == "resampled":
-        return resample_weights(weights, side * side, "")[0]
-    projections = [name for name in weights if ".gate.proj." in name]
+        return resample_weights(weights, model, "")[0]
+    projections = [name for name in weights if f".{model.gate_name}." in name]
     if method == "new":
-        paddle.seed(config.SEED)
-        fresh = _build(config, size).state_dict()
+        fresh = model.state_dict()
         return {**weights, **{name: fresh[name].numpy() for name in projections}}
+    side = size // config.MODEL.MIXER.PATCH_SIZE
     changed = {name: nearest(weights[name], side) for name in projections}
     if method == "scaled":
         factor = (config.DATA.IMAGE_SIZE / size) ** 2
@@ -121,26 +123,23 @@ def nearest(array, side):
 
 def accuracy(config, size, weights, title):
     """Acc@1 in percent on the validation list, at `size` pixels with weights for that size."""
-    import datasets
-    import utils
-    from training import engine
+    from datasets import EvalSampler, build_dataset
+    from ranks.loader import build_loader
+    from training.evaluate import validate
     from transforms import build_batch_transform
-    from weights import checkpoint
+    from weights import assign_weights
 
     config = config.clone()
     config.DATA.IMAGE_SIZE = size
     model = _build(config, size)
-    checkpoint.assign_weights(model, weights, title)
-    images = datasets.build_dataset(config, train=False)
-    batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
-    sampler = datasets.EvalSampler(len(images), batch_size, 0, 1)
-    workers = config.DATA.NUM_WORKERS
-    if workers < 0:
-        workers = host.default_workers(on_gpu=False)
+    assign_weights(model, weights, title)
+    images = build_dataset(config, train=False)
+    sampler = EvalSampler(len(images), config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE, 0, 1)
+    workers = host.choose_workers(config.DATA.NUM_WORKERS, on_gpu=False)
     transform = build_batch_transform(config, train=False)
-    with contextlib.closing(datasets.build_loader(images, sampler, workers)) as batches:
-        bar = utils.progress_bar(batches, len(sampler), title, 0)
-        return engine.validate(model, bar, transform, contextlib.nullcontext)["acc1"]
+    with contextlib.closing(build_loader(images, sampler, workers, size)) as batches:
+        bar = progress_bar(batches, len(sampler), title)
+        return validate(model, bar, transform, contextlib.nullcontext)["acc1"]
 
 
 def _build(config, size):

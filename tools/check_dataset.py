@@ -12,6 +12,7 @@ none), 2 for what was asked wrongly.
 import argparse
 import collections
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m
 from config import ConfigError, get_config, update_config
 from ranks import host
 from tools import common
+from utils import DataError, progress_bar, show_path
 
 # Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.
 
@@ -63,49 +65,31 @@ def check(root, names, num_classes, workers):
     """Checks the lists of a folder, and prints what is wrong.  Returns the exit status."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core does the work
     common.import_paddle()
-    from tqdm import tqdm
+    from datasets import ImageDataset, ImageList
 
-    from datasets import DataError, ImageDataset, ImageList
-
-    report = Report(tqdm.write)
+    tally = common.Tally(stream="stdout")
     lists = []
     for name in dict.fromkeys(names):
         try:
-            lists.append(ImageList(root, name, num_classes, report.problem))
+            on_bad_line = functools.partial(tally.add, "problems")
+            lists.append(ImageList(root, name, num_classes, on_bad_line))
         except DataError as error:
-            report.problem(error)
+            tally.add("problems", error)
     total = sum(map(len, lists))
-    with tqdm(total=total, leave=False, unit="image", disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(None, total, unit="image") as bar:
         for images in lists:
             dataset = ImageDataset(images, transform=None, seed=0)
             for done, problems in check_images(dataset, workers):
                 for problem in problems:
-                    report.problem(problem)
+                    tally.add("problems", problem)
                 bar.update(done)
     empty = (empty_classes(images, num_classes) for images in lists)
     for sentence in itertools.chain(repeated(lists), *empty):
-        report.warning(sentence)
-    sizes = ", ".join(f"{os.path.basename(images.path)} {len(images):,}" for images in lists)
-    print(
-        f"images: {sizes or 'none'}; problems: {report.problems:,}, warnings: {report.warnings:,}"
-    )
-    return 1 if report.problems else 0
-
-
-class Report:
-    """Prints problems and warnings as they come, and counts them."""
-
-    def __init__(self, write):
-        self.problems = self.warnings = 0
-        self._write = write
-
-    def problem(self, sentence):
-        self.problems += 1
-        self._write(str(sentence), file=sys.stdout)
-
-    def warning(self, sentence):
-        self.warnings += 1
-        self._write(str(sentence), file=sys.stdout)
+        tally.add("warnings", sentence)
+    sizes = ", ".join(f"{os.path.basename(images.name)} {len(images):,}" for images in lists)
+    problems, warnings = tally.counts["problems"], tally.counts["warnings"]
+    print(f"images: {sizes or 'none'}; problems: {problems:,}, warnings: {warnings:,}")
+    return 1 if problems else 0
 
 
 def check_images(dataset, workers):
@@ -173,8 +157,6 @@ def _hand_out(pipe, piece, busy):
 
 def _work(dataset, pipe, parent):
     """A process's loop: a piece in, the sentences of its bad images out."""
-    from datasets import DataError
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     host.die_with_parent(parent, signal.SIGKILL)
@@ -195,7 +177,7 @@ def _describe_death(process, dataset, index):
     reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
     images = dataset.images
     return (
-        f"{images.path}:{images.line_number(index)}: a process died of this image ({reason}); "
+        f"{images.place(index)}: a process died of this image ({reason}); "
         "where the system ended it for want of memory, take fewer -num_workers"
     )
 
@@ -203,8 +185,6 @@ def _describe_death(process, dataset, index):
 def repeated(lists):
     """Sentences about the images that an earlier line, or an earlier list, has already."""
     import numpy as np
-
-    from files import show_path
 
     starts = np.cumsum([0, *map(len, lists)])
 
@@ -227,9 +207,9 @@ def repeated(lists):
         label, earlier_label = images.labels[index], earlier.labels[earlier_index]
         other = f", with the label {earlier_label}" if label != earlier_label else ""
         yield (
-            f"{images.path}:{images.line_number(index)}: warning: "
+            f"{images.place(index)}: warning: "
             f"{show_path(images.image_path(index))}: this image is already in "
-            f"{os.path.basename(earlier.path)}:{earlier.line_number(earlier_index)}{other}"
+            f"{os.path.basename(earlier.name)}:{earlier.line_number(earlier_index)}{other}"
         )
 
 
@@ -241,7 +221,7 @@ def empty_classes(images, num_classes):
     if len(empty):
         some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
         yield (
-            f"{images.path}: warning: {len(empty):,} of {num_classes:,} classes have no image: "
+            f"{images.name}: warning: {len(empty):,} of {num_classes:,} classes have no image: "
             f"{some} (-num_classes says how many there are)"
         )
 

@@ -1,6 +1,4 @@
-"""What the command-line tools share: the modules in reach, and one way to end.
-
-from tools import common
+"""What the command-line tools share: one way to end, counted messages, a run's metrics.
 
 def work(args): ...      # imports Paddle by common.import_paddle(), after the arguments are known
 
@@ -8,6 +6,8 @@ if __name__ == "__main__":
     sys.exit(common.run(build_parser(), work))
 """
 
+import collections
+import json
 import os
 import signal
 import sys
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 try:
-    from config import ConfigError
     from ranks import host
-    from weights.pdparams import WeightsError
+    from utils import SCORES, UserError, describe_error, show_path
+    from weights import WeightsError
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
@@ -56,16 +56,17 @@ def run(parser, work, argv=None):
             file=sys.stderr,
         )
         return 1
-    except (Failed, OSError, *_user_errors()) as error:
-        print(f"{parser.prog}: {host.describe_error(error)}", file=sys.stderr)
-        asked_wrongly = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-        return 2 if isinstance(error, (*asked_wrongly, *_user_errors())) else 1
+    except _ASKED_WRONGLY as error:
+        print(f"{parser.prog}: {describe_error(error)}", file=sys.stderr)
+        return 2
+    except (Failed, OSError) as error:
+        print(f"{parser.prog}: {describe_error(error)}", file=sys.stderr)
+        return 1
 
 
-def _user_errors():
-    # datasets.py imports Paddle; without it, it cannot have raised anything.
-    datasets = sys.modules.get("datasets")
-    return (ConfigError, WeightsError, *([datasets.DataError] if datasets else []))
+_ASKED_WRONGLY = (
+    UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+)  # fmt: skip
 
 
 def leave(number, frame):
@@ -74,8 +75,103 @@ def leave(number, frame):
     sys.exit(128 + number)
 
 
+def sizes_of(weights, path):
+    """The gmlp.Sizes of weights; raises WeightsError where they are no gMLP's."""
+    from gmlp import Sizes
+
+    try:
+        return Sizes.from_weights(weights)
+    except ValueError as error:
+        raise WeightsError(f"{show_path(path)}: is no gMLP's: {error}") from None
+
+
 def import_paddle():
     """Paddle, on all cores and without its notes; SIGTERM then ends a tool as Ctrl-C does."""
     paddle = host.import_paddle()
     signal.signal(signal.SIGTERM, leave)
     return paddle
+
+
+class Tally:
+    """Sentences printed as they come, above a progress bar, and counted by their kind.
+
+    Args:
+        prefix: what each sentence begins with.
+        stream: "stderr" or "stdout", as it is when something is printed.
+    """
+
+    def __init__(self, prefix="", stream="stderr"):
+        self.counts = collections.Counter()
+        self._prefix, self._stream = prefix, stream
+
+    def add(self, kind, sentence=None):
+        """Counts one of a kind, and says what it is."""
+        self.counts[kind] += 1
+        if sentence is not None:
+            self.say(sentence)
+
+    def say(self, sentence):
+        """Prints a sentence that does not count."""
+        from tqdm import tqdm
+
+        tqdm.write(f"{self._prefix}{sentence}", file=getattr(sys, self._stream))
+
+
+def read_metrics(path):
+    """The rows of a training's `metrics.jsonl`, without those that the run wrote again.
+
+    A run that goes on from a checkpoint repeats what came after that.  So a row takes the place of
+    the earlier ones of its place in the training, and of any later place.  What a killed process
+    left of a last line does not count, nor do the rows of an evaluation alone.
+
+    Returns:
+        list of dicts, from the first place to the last; see metrics_place.
+
+    Raises:
+        ValueError: a line is damaged; the sentence begins with `path:line`.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            place = metrics_place(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(
+                f"{path}:{number}: this line is no row of a metrics.jsonl: take the line out, or "
+                "take the file that the run wrote"
+            ) from None
+        if place is None:
+            continue
+        while rows and metrics_place(rows[-1]) >= place:
+            rows.pop()
+        rows.append(row)
+    return rows
+
+
+def metrics_place(row):
+    """Where in the training a row was written, to compare: (epochs done, batches of the next, n).
+
+    None for the row of an evaluation alone.  Raises ValueError, TypeError or KeyError for a row
+    that no run has written.
+    """
+    # The order in which training/train.py writes them, and the numbers that each has.
+    if row["kind"] == "train":
+        place, names = (row["epoch"] - 1, row["batch"], 0), ["step", "loss", "lr"]
+        names.append("images_per_second")
+    elif row["kind"] == "epoch":
+        place, names = (row["epoch"], 0, 0), ["step", "loss"]
+    elif row["kind"] == "eval":
+        order = {"model": 1, "ema": 2}
+        place = (row["epoch"], 0, order[row["weights"]]) if "epoch" in row else None
+        # Runs of a version with fewer scores have these two.
+        names = ["acc1", "loss", *(name for name in SCORES if name in row)]
+    else:
+        raise ValueError(row["kind"])
+    # A loss may be null: it was not finite.
+    values = [row[name] for name in names if (name, row[name]) != ("loss", None)]
+    if any(type(value) not in (int, float) for value in (row["time"], *values, *(place or ()))):
+        raise TypeError
+    return place

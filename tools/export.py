@@ -33,10 +33,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError, get_config, update_config
-from files import new_folder, show_path, write_text
 from ranks import host
 from tools import common
-from tools.predict import Problems, find_paths, load_model, read_batches, read_classes
+from tools.predict import find_paths, load_model, read_batches, read_classes
+from utils import new_folder, progress_bar, show_path, write_text
 from weights.pdparams import sha256
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
@@ -71,15 +71,15 @@ def work(args):
     if args.onnx:
         import_onnx()
     names = [each.name for each in read_classes(args.names, config.MODEL.NUM_CLASSES)]
-    problems = Problems("export.py")
-    paths = find_paths(args.paths, problems)
+    tally = common.Tally("export.py: ")
+    paths = find_paths(args.paths, tally)
     common.import_paddle()
     if args.onnx:
         import_paddle2onnx()
     from training import inference
 
     model = with_probabilities(
-        load_model(config, args.pretrained, problems.note), config, args.preprocess
+        load_model(config, args.pretrained, tally.say), config, args.preprocess
     )
     with new_folder(args.output) as folder:
         program = export_paddle(model, config, args.preprocess, folder)
@@ -89,7 +89,7 @@ def work(args):
                 path = export_onnx(program)
             engines["ONNX Runtime"] = onnx_engine(path)
         with host.quiet():
-            count, gaps = compare(model, engines, config, args.preprocess, paths, problems)
+            count, gaps = compare(model, engines, config, args.preprocess, paths, tally)
         for name, gap in gaps.items():
             print(f"{name}: largest difference of a probability {gap:.1e}, on {count} images")
         if not all(gap <= _TOLERANCE for gap in gaps.values()):  # so that a NaN fails
@@ -99,7 +99,7 @@ def work(args):
         text = json.dumps(signature, indent=2, ensure_ascii=False) + "\n"
         write_text(os.path.join(folder, "signature.json"), text)
     print(f"{show_path(args.output)}: {', '.join(sorted(os.listdir(args.output)))}")
-    return 1 if problems.count else 0
+    return 1 if tally.counts["problems"] else 0
 
 
 def describe(config, args, names, folder):
@@ -253,7 +253,7 @@ def onnx_engine(path):
     return lambda images: session.run([_OUTPUT], {_INPUT: images})[0]
 
 
-def compare(model, engines, config, preprocess, paths, problem):
+def compare(model, engines, config, preprocess, paths, tally):
     """Runs exported models and the live one on images, one by one and in batches.
 
     Args:
@@ -268,14 +268,13 @@ def compare(model, engines, config, preprocess, paths, problem):
     """
     import numpy as np
     import paddle
-    from tqdm import tqdm
 
     from transforms import build_batch_transform
 
     transform = build_batch_transform(config, train=False)
     count, gaps = 0, dict.fromkeys(engines, 0.0)
-    bar = tqdm(total=len(paths), leave=False, unit="image", disable=not sys.stderr.isatty())
-    with bar, contextlib.closing(read_batches(config, paths, problem)) as batches:
+    bar = progress_bar(None, len(paths), unit="image")
+    with bar, contextlib.closing(read_batches(config, paths, tally)) as batches:
         for tried, names, pixels in batches:
             bar.update(tried)
             if not names:

@@ -15,7 +15,6 @@ running, 2 for what was asked wrongly.
 """
 
 import argparse
-import collections
 import contextlib
 import hashlib
 import os
@@ -27,26 +26,24 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError
-from files import new_file, show_path
 from tools import common
+from utils import (
+    BROKEN,
+    DEAD_LINK,
+    HIDDEN,
+    IMAGE_SUFFIXES,
+    find_images,
+    is_folder,
+    new_file,
+    progress_bar,
+    show_path,
+    sorted_entries,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp",
-                  ".gif")  # fmt: skip
 CLASSES = "classes.txt"
 # The order in which they appear: where train_list.txt is, the others are.
 _FILES = (CLASSES, "val_list.txt", "train_list.txt")
-
-HIDDEN = "hidden"
-NO_IMAGE = "without an image's suffix"
-DEAD_LINK = "links that lead nowhere"
-NO_FILE = "neither files nor folders"
-AGAIN = "links to a folder above or one that was read already"
 _OUTSIDE = "outside the class folders"
-# What nobody can have meant to be there, in a sentence.
-BROKEN = {
-    DEAD_LINK: "this link leads nowhere",
-    NO_FILE: "this is neither a file nor a folder",
-}
 
 
 def build_parser():
@@ -76,8 +73,12 @@ def work(args):
     if fraction is not None and not 0 < fraction < 1:
         raise ConfigError(f"-val_fraction is {fraction}, it must be above 0 and below 1")
     _require_new(root, args.force)
-    skipped = Skipped()
-    names, splits = read_classes(root, fraction, args.seed, skipped)
+    tally = common.Tally("make_lists.py: warning: ")
+
+    def skip(what, path):
+        tally.add(what, f"{show_path(path)}: {BROKEN[what]}: left out" if what in BROKEN else None)
+
+    names, splits = read_classes(root, fraction, args.seed, skip, tally.say)
     require_lines(root, names, splits)
     texts = {CLASSES: "".join(f"{name}\n" for name in names)}
     for split, classes in splits.items():
@@ -86,98 +87,21 @@ def work(args):
     write_files(root, {name: texts[name] for name in _FILES})
     train, val = (sum(map(len, splits[split])) for split in ("train", "val"))
     print(f"train_list.txt {train:,} images, val_list.txt {val:,} images, classes: {len(names):,}")
-    if skipped.counts:
-        print("left out: " + ", ".join(f"{n:,} ({what})" for what, n in skipped.counts.items()))
+    if tally.counts:
+        print("left out: " + ", ".join(f"{n:,} ({what})" for what, n in tally.counts.items()))
     command = ["python", "tools/check_dataset.py", "-data_path", root]
     print("next: " + shlex.join([*command, "-num_classes", str(len(names))]))
 
 
-class Skipped:
-    """Counts what is left out, and names on stderr what is BROKEN."""
-
-    def __init__(self):
-        self.counts = collections.Counter()
-
-    def __call__(self, what, path):
-        self.counts[what] += 1
-        if what in BROKEN:
-            warn(f"{show_path(path)}: {BROKEN[what]}: left out")
-
-
-def warn(sentence):
-    from tqdm import tqdm
-
-    tqdm.write(f"make_lists.py: warning: {sentence}", file=sys.stderr)
-
-
-def find_images(folder, skip):
-    """The images in a folder and the folders in it, by their suffix and sorted by name.
-
-    Links are followed, but no folder is read twice, and none above `folder`.
-
-    Args:
-        folder: where to look.
-        skip: called with (HIDDEN, NO_IMAGE, DEAD_LINK, NO_FILE or AGAIN; path) of what is left out.
-
-    Yields:
-        Paths that begin with `folder`.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-    seen = {
-        _identity(parent) for parent in (*_parents(folder), *_parents(os.path.realpath(folder)))
-    }
-    stack = [(folder, True)]
-    while stack:
-        path, is_folder = stack.pop()
-        if not is_folder:
-            yield path
-            continue
-        if _identity(path) in seen:
-            skip(AGAIN, path)
-            continue
-        seen.add(_identity(path))
-        for entry in reversed(_sorted_entries(path)):
-            if entry.name.startswith("."):
-                skip(HIDDEN, entry.path)
-            elif _is_folder(entry):
-                stack.append((entry.path, True))
-            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                skip(NO_IMAGE, entry.path)
-            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
-                stack.append((entry.path, False))
-            else:
-                skip(NO_FILE if os.path.exists(entry.path) else DEAD_LINK, entry.path)
-
-
-def _identity(folder):
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _parents(path):
-    return map(str, pathlib.Path(path).absolute().parents)
-
-
-def _is_folder(entry):
-    # A link that leads to itself makes entry.is_dir() raise.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-def _sorted_entries(folder):
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-
-
-def read_classes(root, fraction, seed, skip):
+def read_classes(root, fraction, seed, skip, warn):
     """The classes of a data set in either layout.
 
     Args:
         root: the data set's folder.
         fraction: what validation gets of each class of a data set without a val folder; None: 0.1.
         seed: of that split.
-        skip: see find_images.
+        skip: see utils.find_images.
+        warn: called with sentences.
 
     Returns:
         (names, {"train": ..., "val": ...}): the sorted class names, and for each of them a list of
@@ -190,16 +114,16 @@ def read_classes(root, fraction, seed, skip):
     both = os.path.isdir(train) and os.path.isdir(val)
     if not both:
         for folder, other in ((train, val), (val, train)):
-            if os.path.isdir(folder) and any(map(_is_folder, _sorted_entries(folder))):
+            if os.path.isdir(folder) and any(map(is_folder, sorted_entries(folder))):
                 raise ConfigError(
                     f"{root}: has folders in {folder}, but no {other}: give -data_path {folder} to "
                     "split that one, or add the other"
                 )
-        return _split(_read_folders(root, skip), root, fraction or 0.1, seed)
+        return _split(_read_folders(root, skip), root, fraction or 0.1, seed, warn)
     if fraction is not None:
         raise ConfigError(f"{val}: validation has a folder of its own: leave -val_fraction out")
-    for entry in _sorted_entries(root):
-        if entry.name not in ("train", "val") and _is_folder(entry):
+    for entry in sorted_entries(root):
+        if entry.name not in ("train", "val") and is_folder(entry):
             warn(f"{show_path(entry.path)}: left out, as it is neither train nor val")
     images = {"train": _read_folders(train, skip), "val": _read_folders(val, skip)}
     names = sorted(images["train"])
@@ -220,14 +144,12 @@ def read_classes(root, fraction, seed, skip):
 
 def _read_folders(folder, skip):
     """Class names to sorted lists of image paths, for the folders in a folder."""
-    from tqdm import tqdm
-
     classes = {}
-    entries = _sorted_entries(folder)
-    for entry in tqdm(entries, folder, leave=False, unit="class", disable=not sys.stderr.isatty()):
+    entries = sorted_entries(folder)
+    for entry in progress_bar(entries, len(entries), folder, unit="class"):
         if entry.name.startswith("."):
             skip(HIDDEN, entry.path)
-        elif _is_folder(entry):
+        elif is_folder(entry):
             classes[entry.name] = list(find_images(entry.path, skip))
         elif entry.name not in _FILES:
             dead = entry.is_symlink() and not os.path.exists(entry.path)
@@ -252,7 +174,7 @@ def _relative(paths, root):
     return [path[start:] for path in paths]
 
 
-def _split(classes, root, fraction, seed):
+def _split(classes, root, fraction, seed, warn):
     """As read_classes: each class's share to val, at least one image where there are two."""
 
     def draw(path):

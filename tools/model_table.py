@@ -72,7 +72,7 @@ def table_row(path):
         config.MODEL.NAME,
         f"{count_parameters(model):,}",
         f"{count_multiply_adds(model, size):,}",
-        f"{model.patch_embed.num_tokens}",
+        f"{model.sizes.num_tokens}",
         f"{size}",
     ]
     return f"| {' | '.join(cells)} |"

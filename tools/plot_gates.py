@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m
 from config import ConfigError, get_config, update_config
 from tools import common
 from tools.plot_run import check_output, import_pyplot, save
+from weights import load_weights
 
-_NAME = "mixer_layers.{}.mlp_channels.gate.proj.weight"
 _MAPS = 600  # more take minutes and cannot be seen
 _INK = "#2d333b"
 
@@ -114,22 +114,16 @@ def read_filters(config, path):
         ConfigError, WeightsError: the file or the config cannot be used, or they do not fit.
     """
     common.import_paddle()
-    from training.run import build_model
-    from weights import checkpoint
+    from gmlp import GMLP, Sizes
+    from weights.checkpoint import check_weights
 
-    weights = checkpoint.load_weights(path)
-    take_sizes(config, weights)
-    checkpoint.check_weights(build_model(config), weights, path)
-    return [to_filters(weights[_NAME.format(i)]) for i in range(config.MODEL.MIXER.DEPTH)]
-
-
-def take_sizes(config, weights):
-    """Sets a config's image size and classes to those of weights; what has none is left alone."""
-    head, gate = weights.get("head.bias"), weights.get(_NAME.format(0))
-    if head is not None and head.ndim == 1 and head.size:
-        config.MODEL.NUM_CLASSES = head.size
-    if gate is not None and gate.ndim == 2 and gate.size:
-        config.DATA.IMAGE_SIZE = math.isqrt(gate.shape[1]) * config.MODEL.MIXER.PATCH_SIZE
+    weights = load_weights(path)
+    found = common.sizes_of(weights, path)
+    sizes = Sizes.from_config(config)
+    model = GMLP(sizes._replace(image_size=found.image_size, num_classes=found.num_classes))
+    check_weights(model, weights, path)
+    names = (f"{model.blocks_name}.{i}.{model.gate_name}.weight" for i in range(sizes.depth))
+    return [to_filters(weights[name]) for name in names]
 
 
 def to_filters(weight):

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError
-from files import new_file
 from tools import common
+from utils import new_file
 
 # Readable on white, and apart from each other for the colour-blind.
 _COLOURS = ("#0b62a4", "#d0582b", "#2b8a57", "#8a4fa0", "#b8860b", "#52636e", "#c2387a", "#12919c")
@@ -122,15 +122,12 @@ def read_run(path):
         ConfigError: there is no training in it, or a damaged line.
         OSError: it cannot be read.
     """
-    common.import_paddle()
-    from metrics import read_metrics
-
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "metrics.jsonl")
         if not os.path.exists(path):
             raise ConfigError(f"{folder}: there is no metrics.jsonl: give the folder of a run")
     try:
-        rows = read_metrics(path)
+        rows = common.read_metrics(path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not rows:

@@ -19,7 +19,6 @@ Exit status: 0; 1 for what failed while running, as -verify may; 2 for what was 
 """
 
 import argparse
-import math
 import os
 import sys
 import warnings
@@ -28,8 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError, get_config
-from files import new_file, show_path
 from tools import common
+from utils import new_file, show_path
 from weights import pdparams
 from weights.pdparams import WeightsError
 
@@ -40,6 +39,8 @@ _TORCH_PARTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # in timm
 _TORCH_PREFIXES = ("module.", "_orig_mod.")  # of distributed and of compiled models
 _TIMM_PREFIXES = {"patch_embed.patch_embed.": "stem.proj.", "mixer_layers.": "blocks."}
 _TOLERANCE = 1e-10
+_FLAGS = {"DATA.IMAGE_SIZE": "-image_size", "MODEL.NUM_CLASSES": "-num_classes"}
+_NOT_OF_WEIGHTS = {"MODEL.DROPOUT", "MODEL.DROPPATH"}
 
 
 def build_parser():
@@ -60,15 +61,15 @@ def work(args):
         import_timm()
     common.import_paddle()
     weights = read(args.source, args.strip)
-    config, model = find_model(weights, args.source)
+    model = find_model(weights, args.source)
     weights = {name: weights[name] for name in model.state_dict()}  # in the model's order
     if args.verify:
-        verify(weights, config, args.source)
+        verify(weights, model.sizes, args.source)
     write(args.target, weights)
     count = sum(array.size for array in weights.values())
     types = " and ".join(sorted({array.dtype.name for array in weights.values()}))
     print(f"{show_path(args.target)}: {len(weights)} tensors, {count:,} parameters, {types}")
-    print(f"the model: {describe(config)}")
+    print(f"the model: {describe(model.sizes)}")
 
 
 def check_arguments(args):
@@ -195,72 +196,41 @@ def _is_weight(name, tensor):
 
 
 def find_model(weights, path):
-    """(config, model): the gMLP whose weights these are, as their shapes say.
+    """The gMLP whose weights these are, as their shapes say.
 
     Raises:
         WeightsError: these are not a gMLP's; names the first differences.
     """
-    from gmlp import build_gmlp
+    from gmlp import GMLP
     from weights.checkpoint import check_weights
 
-    block = "mixer_layers.0.mlp_channels"
-    shapes = {name: list(array.shape) for name, array in weights.items()}
-    try:
-        dim, channels, patch, _ = shapes["patch_embed.patch_embed.weight"]
-        (hidden,), (tokens,) = shapes[f"{block}.fc1.bias"], shapes[f"{block}.gate.proj.bias"]
-        (classes,) = shapes["head.bias"]
-    except KeyError as error:
-        raise WeightsError(f"{show_path(path)}: is no gMLP's: {error.args[0]} is missing") from None
-    except ValueError:
-        raise WeightsError(f"{show_path(path)}: is no gMLP's: a shape cannot be") from None
-    depth = 0
-    while f"mixer_layers.{depth}.norm.weight" in weights:
-        depth += 1
-    config = get_config()
-    config.DATA.IMAGE_SIZE, config.DATA.IMAGE_CHANNELS = math.isqrt(tokens) * patch, channels
-    config.MODEL.NUM_CLASSES = classes
-    mixer = config.MODEL.MIXER
-    mixer.PATCH_SIZE, mixer.EMBED_DIM, mixer.DEPTH = patch, dim, depth
-    mixer.MLP_RATIO = _ratio(hidden, dim)
-    # The tensors of a model of these sizes are as many bytes as those at hand, within a factor, so
-    # that no file can ask for more memory than its own size.
-    size = patch * patch * channels * dim + depth * (3 * dim * hidden // 2 + tokens**2)
-    if size > 2 * sum(array.size for array in weights.values()):
-        raise WeightsError(f"{show_path(path)}: is no gMLP's: its shapes do not fit together")
-    try:
-        model = build_gmlp(config)
-    except ValueError as error:
-        raise WeightsError(f"{show_path(path)}: is no gMLP's: {error}") from None
+    model = GMLP(common.sizes_of(weights, path))
     check_weights(model, weights, show_path(path))
-    return config, model
+    return model
 
 
-def _ratio(hidden, dim):
-    """MLP_RATIO, such that int(dim * ratio) is `hidden` in spite of rounding."""
-    ratio = hidden / dim if dim else 0.0
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+def describe(sizes):
+    """The flags that build a model of these sizes."""
+    from gmlp import KEYS, Sizes
 
+    def differences(config):
+        known = Sizes.from_config(config)
+        return {key: own for key, own, other in zip(KEYS, sizes, known) if own != other}
 
-def describe(config):
-    """The flags that build a model of this config's sizes."""
-    mixer, sizes = dict(config.MODEL.MIXER), {}
-    configs = [get_config(str(path)) for path in sorted((common.ROOT / "configs").glob("*.yaml"))]
-    alike = [each for each in configs if dict(each.MODEL.MIXER) == mixer]
-    # Of several the one for images of this size, such as of the digits' two.
-    alike.sort(key=lambda each: each.DATA.IMAGE_SIZE != config.DATA.IMAGE_SIZE)
-    known = (alike or configs)[0]
-    if not alike:
-        sizes = {f"MODEL.MIXER.{key}": value for key, value in mixer.items()}
-    if config.DATA.IMAGE_CHANNELS != known.DATA.IMAGE_CHANNELS:
-        sizes["DATA.IMAGE_CHANNELS"] = config.DATA.IMAGE_CHANNELS
-    words = [f"-cfg configs/{known.MODEL.NAME}.yaml"]
-    if config.DATA.IMAGE_SIZE != known.DATA.IMAGE_SIZE:
-        words.append(f"-image_size {config.DATA.IMAGE_SIZE}")
-    if config.MODEL.NUM_CLASSES != known.MODEL.NUM_CLASSES:
-        words.append(f"-num_classes {config.MODEL.NUM_CLASSES}")
-    if sizes:
-        words.append("-opts " + " ".join(f"{key} {value}" for key, value in sizes.items()))
-    return " ".join(words)
+    # The config that leaves fewest of the body's keys to say, then one for images of this size.
+    def cost(config):
+        keys = differences(config).keys() - _NOT_OF_WEIGHTS
+        return sum(key not in _FLAGS for key in keys), "DATA.IMAGE_SIZE" in keys
+
+    paths = sorted((common.ROOT / "configs").glob("*.yaml"))
+    config = min((get_config(str(path)) for path in paths), key=cost)
+    words, opts = [f"-cfg configs/{config.MODEL.NAME}.yaml"], []
+    for key, value in differences(config).items():
+        if key in _FLAGS:
+            words.append(f"{_FLAGS[key]} {value}")
+        elif key not in _NOT_OF_WEIGHTS:
+            opts.append(f"{key} {value}")
+    return " ".join(words + (["-opts", *opts] if opts else []))
 
 
 def write(path, weights):
@@ -296,7 +266,7 @@ def import_timm():
         ) from None
 
 
-def verify(weights, config, path):
+def verify(weights, sizes, path):
     """Compares this model with timm's, each with the weights in its own names and layouts.
 
     Raises:
@@ -304,14 +274,14 @@ def verify(weights, config, path):
     """
     import numpy as np
 
-    shape = [2, config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+    shape = [2, sizes.in_channels, sizes.image_size, sizes.image_size]
     images = np.random.default_rng(0).standard_normal(shape)
     gaps = {
         name: float(np.abs(ours - theirs).max())
         for name, ours, theirs in zip(
             ("logits", "features"),
-            run_ours(weights, config, images),
-            run_timm(to_timm(weights), config, images),
+            run_ours(weights, sizes, images),
+            run_timm(to_timm(weights), sizes, images),
         )
     }
     text = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
@@ -321,15 +291,15 @@ def verify(weights, config, path):
     print(text)
 
 
-def run_ours(weights, config, images):
+def run_ours(weights, sizes, images):
     """(logits, features) of this repository's model, float64 arrays."""
     import paddle
 
-    from gmlp import build_gmlp
-    from weights.checkpoint import assign_weights
+    from gmlp import GMLP
+    from weights import assign_weights
 
     paddle.set_device("cpu")
-    model = build_gmlp(config).to(dtype="float64")
+    model = GMLP(sizes).to(dtype="float64")
     model.eval()
     assign_weights(model, weights, "")
     with paddle.no_grad():
@@ -337,21 +307,20 @@ def run_ours(weights, config, images):
         return model.head(features).numpy(), features.numpy()
 
 
-def run_timm(weights, config, images):
+def run_timm(weights, sizes, images):
     """(logits, features) of timm's model, float64 arrays."""
     import torch
     from timm.layers import GatedMlp
     from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
 
-    mixer = config.MODEL.MIXER
     model = MlpMixer(  # what timm's gmlp_s16_224 is made of, for any size
-        num_classes=config.MODEL.NUM_CLASSES,
-        img_size=config.DATA.IMAGE_SIZE,
-        in_chans=config.DATA.IMAGE_CHANNELS,
-        patch_size=mixer.PATCH_SIZE,
-        num_blocks=mixer.DEPTH,
-        embed_dim=mixer.EMBED_DIM,
-        mlp_ratio=mixer.MLP_RATIO,
+        num_classes=sizes.num_classes,
+        img_size=sizes.image_size,
+        in_chans=sizes.in_channels,
+        patch_size=sizes.patch_size,
+        num_blocks=sizes.depth,
+        embed_dim=sizes.dim,
+        mlp_ratio=sizes.mlp_ratio,
         block_layer=SpatialGatingBlock,
         mlp_layer=GatedMlp,
     )

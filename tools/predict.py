@@ -39,11 +39,21 @@ from typing import Any, NamedTuple, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError, get_config, update_config
-from files import show_path
 from ranks import host
 from tools import common
-from tools.make_lists import BROKEN, DEAD_LINK, IMAGE_SUFFIXES, NO_FILE, find_images
 from tools.sheet import PLOT_IMAGES, Sheet
+from utils import (
+    BROKEN,
+    DEAD_LINK,
+    IMAGE_SUFFIXES,
+    NO_FILE,
+    DataError,
+    cause,
+    find_images,
+    progress_bar,
+    show_path,
+)
+from weights import load_into
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -110,23 +120,21 @@ def work(args):
         raise ConfigError(f"-topk is {args.topk}, it must be at least 1")
     classes = read_classes(args.names, config.MODEL.NUM_CLASSES)
     sheet = Sheet(args.plot, args.font) if args.plot else None
-    problems = Problems("predict.py")
-    paths = find_paths(args.paths, problems)
+    tally = common.Tally("predict.py: ")
+    paths = find_paths(args.paths, tally)
     common.import_paddle()
-    from tqdm import tqdm
+    from ranks.loader import explain_dead_workers
 
-    from datasets import DataError, explain_dead_workers
-
-    model = load_model(config, args.pretrained, problems.note)
+    model = load_model(config, args.pretrained, tally.say)
     write = _WRITERS[args.format]
-    bar = tqdm(total=len(paths), leave=False, unit="image", disable=not sys.stderr.isatty())
-    batches = predict(model, config, paths, classes, args.topk, problems)
+    bar = progress_bar(None, len(paths), unit="image")
+    batches = predict(model, config, paths, classes, args.topk, tally)
     try:
         with bar, contextlib.closing(batches), explain_dead_workers():
             for number, (done, predictions) in enumerate(batches):
                 text = io.StringIO()
                 write(text, predictions, number == 0)
-                tqdm.write(text.getvalue(), end="", file=sys.stdout)
+                bar.write(text.getvalue(), end="", file=sys.stdout)
                 sys.stdout.flush()
                 if sheet:
                     sheet.add(predictions)
@@ -134,29 +142,8 @@ def work(args):
     except DataError as error:  # of the loader: images were reported
         raise common.Failed(str(error)) from error
     if sheet:
-        sheet.save(problems)
-    return 1 if problems.count else 0
-
-
-class Problems:
-    """Prints a sentence about each thing that could not be done, and counts them.
-
-    Args:
-        tool: the file name of the program, which comes first.
-    """
-
-    def __init__(self, tool):
-        self.tool, self.count = tool, 0
-
-    def __call__(self, sentence):
-        self.count += 1
-        self.note(sentence)
-
-    def note(self, sentence):
-        """Prints a sentence about what is no problem."""
-        from tqdm import tqdm
-
-        tqdm.write(f"{self.tool}: {sentence}", file=sys.stderr)
+        sheet.save(tally)
+    return 1 if tally.counts["problems"] else 0
 
 
 def read_classes(path, count):
@@ -198,8 +185,7 @@ def _read_names(path):
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: this file of names is not UTF-8 text") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot read this file of names: {reason}") from error
+        raise ConfigError(f"{path}: cannot read this file of names: {cause(error)}") from error
     while names and not names[-1]:
         names.pop()
     if "" in names:
@@ -207,13 +193,13 @@ def _read_names(path):
     return names
 
 
-def find_paths(arguments, problem):
+def find_paths(arguments, tally):
     """The images that PATH arguments mean, in their order, each path once.
 
     Args:
         arguments: files of any name; folders, and patterns of glob for files and folders, which
             mean the files with the suffix of an image.
-        problem: called with a sentence about each link in a folder that leads nowhere.
+        tally: a common.Tally, for the links in a folder that lead nowhere.
 
     Raises:
         ConfigError: an argument is not there, or no image is in it.
@@ -229,7 +215,7 @@ def find_paths(arguments, problem):
         matches = [argument] if is_folder else sorted(glob.glob(argument, recursive=True))
         if not matches:
             raise ConfigError(f"{show_path(argument)}: no such file or folder")
-        found = [path for match in matches for path in _images_at(match, problem)]
+        found = [path for match in matches for path in _images_at(match, tally)]
         if not found:
             raise ConfigError(
                 f"{show_path(argument)}: no image is there ({', '.join(IMAGE_SUFFIXES)})"
@@ -238,12 +224,12 @@ def find_paths(arguments, problem):
     return list(paths)
 
 
-def _images_at(path, problem):
+def _images_at(path, tally):
     """The images in a folder, or a file itself where it has an image's suffix."""
 
     def skip(what, skipped):
         if what in BROKEN:
-            problem(f"cannot read {show_path(skipped)}: {BROKEN[what]}")
+            tally.add("problems", f"cannot read {show_path(skipped)}: {BROKEN[what]}")
 
     if os.path.isdir(path):
         return list(find_images(path, skip))
@@ -266,47 +252,38 @@ def load_model(config, path, note):
     Raises:
         ConfigError, WeightsError: there is no such model, or these are not its weights.
     """
-    import utils
+    from ranks.collective import init_distributed
     from training.run import build_model
-    from weights import checkpoint
-    from weights.resample import resample_weights
 
     if config.DATA.IMAGE_CHANNELS != 3:
         raise ConfigError(f"DATA.IMAGE_CHANNELS is {config.DATA.IMAGE_CHANNELS}: images are RGB: 3")
-    utils.init_distributed()  # takes the device
-    weights = checkpoint.load_weights(path)
-    bias, wanted = weights.get("head.bias"), config.MODEL.NUM_CLASSES
-    if bias is not None and bias.shape != (wanted,) and bias.ndim == 1:
-        raise ConfigError(
-            f"{path}: these weights are for {len(bias):,} classes, and the model has {wanted:,}: "
-            f"give -num_classes {len(bias)}"
-        )
+    init_distributed()  # takes the device
     model = build_model(config)
-    weights, side = resample_weights(weights, model.patch_embed.num_tokens, path)
-    checkpoint.assign_weights(model, weights, path)
-    if side:
-        pixels = side * config.MODEL.MIXER.PATCH_SIZE
-        note(
-            f"{path}: these weights are for images of {pixels} pixels, and are resampled for "
-            f"{config.DATA.IMAGE_SIZE}"
-        )
+    for sentence in load_into(model, path):
+        note(sentence)
     model.eval()
     return model
 
 
 class Images:
-    """A data set for datasets.build_loader whose broken images end nothing.
+    """A data set for ranks.loader.build_loader whose broken images end nothing.
 
     An item is (uint8 [size, size, 3], index); an image that cannot be read is black and has the
     index ~index.
     """
 
     def __init__(self, paths, config):
-        from datasets import ImageDataset
+        from datasets import ImageDataset, ImageSource
         from transforms import build_transform
 
-        self.transform = build_transform(config, train=False)
-        self._dataset = ImageDataset(_Paths(paths), self.transform, config.SEED)
+        class Paths(ImageSource):
+            labels = range(len(paths))  # so that a prediction finds its path again
+
+            def image_path(self, index):
+                return paths[index]
+
+        self._dataset = ImageDataset(Paths(), build_transform(config, train=False), config.SEED)
+        self._size = config.DATA.IMAGE_SIZE
 
     def __len__(self):
         return len(self._dataset)
@@ -314,49 +291,27 @@ class Images:
     def __getitem__(self, key):
         import numpy as np
 
-        from datasets import DataError
-
         try:
             return self._dataset[key]
         except DataError:
-            return np.zeros([self.transform.image_size] * 2 + [3], np.uint8), ~key[1]
+            return np.zeros([self._size, self._size, 3], np.uint8), ~key[1]
 
     def why(self, index):
-        """What is wrong with an image: the sentence of a run, which names a list before it."""
-        from datasets import DataError
-
+        """What is wrong with an image, in a run's words."""
         try:
             self._dataset.read(index)
         except DataError as error:
-            return str(error).removeprefix(_Paths.prefix)
+            return str(error)
         return f"{self._dataset.images.image_path(index)}: it could not be read just now"
 
 
-class _Paths:
-    """Stands in for a datasets.ImageList: what counts is the path, and the label is its index."""
-
-    path, prefix = "", ":0: "
-
-    def __init__(self, paths):
-        self.paths, self.labels = paths, range(len(paths))
-
-    def __len__(self):
-        return len(self.paths)
-
-    def image_path(self, index):
-        return self.paths[index]
-
-    def line_number(self, index):
-        return 0
-
-
-def read_batches(config, paths, problem):
+def read_batches(config, paths, tally):
     """Reads images as -eval does, in batches of DATA.BATCH_SIZE_EVAL.
 
     Args:
         config: the merged config.
         paths: image files.
-        problem: called with a sentence about each image that cannot be read.
+        tally: a common.Tally, for the images that cannot be read.
 
     Yields:
         (count, paths, pixels): how many images were tried, which could be read, and those as uint8
@@ -368,31 +323,32 @@ def read_batches(config, paths, problem):
     import numpy as np
     import paddle
 
-    from datasets import EvalSampler, build_loader
+    from datasets import EvalSampler
+    from ranks.loader import build_loader
 
     images = Images(paths, config)
     sampler = EvalSampler(len(paths), config.DATA.BATCH_SIZE_EVAL, 0, 1)
-    workers = config.DATA.NUM_WORKERS
-    if workers < 0:  # a single batch needs none
-        workers = host.default_workers(paddle.get_device().startswith("gpu"))
-        workers = workers if len(sampler) > 1 else 0
-    with contextlib.closing(build_loader(images, sampler, workers)) as batches:
+    workers, on_gpu = config.DATA.NUM_WORKERS, paddle.get_device().startswith("gpu")
+    # A single batch needs none, unless they are asked for.
+    workers = host.choose_workers(workers, on_gpu) if len(sampler) > 1 else max(0, workers)
+    loader = build_loader(images, sampler, workers, config.DATA.IMAGE_SIZE)
+    with contextlib.closing(loader) as batches:
         for pixels, indices in batches:
             indices = indices.numpy()
             for index in indices[indices < 0]:
-                problem(images.why(~index))
+                tally.add("problems", images.why(~index))
             read = np.flatnonzero(indices >= 0)
             if len(read) < len(indices):
                 pixels = paddle.to_tensor(pixels.numpy()[read])
             yield len(indices), [paths[index] for index in indices[read]], pixels
 
 
-def predict(model, config, paths, classes, k, problem):
+def predict(model, config, paths, classes, k, tally):
     """Classifies images.
 
     Args:
         model: in evaluation mode, with its weights.
-        config, paths, problem: see read_batches.
+        config, paths, tally: see read_batches.
         classes: a Class for each label.
         k: choices per image; all where there are fewer classes.
 
@@ -411,7 +367,7 @@ def predict(model, config, paths, classes, k, problem):
     from transforms import build_batch_transform
 
     transform = build_batch_transform(config, train=False)
-    with contextlib.closing(read_batches(config, paths, problem)) as batches:
+    with contextlib.closing(read_batches(config, paths, tally)) as batches:
         for count, names, pixels in batches:
             if not names:
                 yield count, []

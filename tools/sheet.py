@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError
-from files import new_file
+from utils import new_file
 
 _PLOT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 PLOT_IMAGES = 64
@@ -52,13 +52,13 @@ class Sheet:
         self.predictions += predictions[:free]
         self.left_out += len(predictions[free:])
 
-    def save(self, problem):
+    def save(self, tally):
         """Draws and writes the picture.  Raises OSError with its path."""
         if not self.predictions:
-            problem(f"{self.path}: is not written, as no image could be read")
+            tally.add("problems", f"{self.path}: is not written, as no image could be read")
             return
         if self.left_out:
-            problem.note(
+            tally.say(
                 f"{self.path}: has the first {PLOT_IMAGES} images, without {self.left_out:,} more"
             )
         data = io.BytesIO()

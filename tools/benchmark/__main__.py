@@ -30,7 +30,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
 
 from config import ConfigError
-from files import new_file
 from tools import common
 from tools.benchmark import plan as planner
 from tools.benchmark.turns import (
@@ -41,6 +40,7 @@ from tools.benchmark.turns import (
     describe_machine,
     prepare_images,
 )
+from utils import new_file
 
 
 def build_parser():

@@ -437,7 +437,7 @@ def _share(read):
 
 def main():
     ranks = int(sys.argv[1])
-    if ranks > 1 and not host.is_rank():
+    if ranks > 1 and not launch.is_rank():
         command = [sys.executable, os.path.abspath(__file__), sys.argv[1]]
         return launch.run(ranks, 0, command)
     common.import_paddle()
