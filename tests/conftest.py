@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from program import SMALL, run_program  # noqa: E402
 
-from ranks.host import REPORT_PIPE, prepare_cpu  # noqa: E402
+from ranks.host import prepare_cpu  # noqa: E402
+from ranks.report import REPORT_PIPE  # noqa: E402
 
 prepare_cpu(ranks=1)  # before any test imports Paddle
 

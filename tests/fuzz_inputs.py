@@ -275,7 +275,7 @@ class Lists:
         bad_lines = []
         try:
             images = self.datasets.ImageList(self.folder, "list.txt", num_classes)
-        except self.datasets.DataError as error:
+        except ValueError as error:
             check_message(error, path)
             refused = str(error)
         else:
@@ -284,7 +284,7 @@ class Lists:
         # Reading on after a bad line finds the same first one.
         try:
             self.datasets.ImageList(self.folder, "list.txt", num_classes, bad_lines.append)
-        except self.datasets.DataError as error:
+        except ValueError as error:
             assert not bad_lines and str(error) == refused, (str(error), refused)
         else:
             assert (bad_lines or [None])[0] == refused, (bad_lines[:1], refused)
@@ -303,9 +303,9 @@ class Lists:
             assert int(label) == images.labels[index]
             try:
                 dataset.read(index)
-            except self.datasets.DataError as error:
+            except ValueError as error:
                 message = str(error)
-                assert message.startswith(f"{images.path}:{images.line_number(index)}: "), message
+                assert message.startswith(f"{images.place(index)}: "), message
                 assert message.isprintable(), message
 
 

@@ -9,8 +9,9 @@ import paddle
 import pytest
 from golden import config_of
 
-from files import remove_temporary_files, temporary_path
 from gmlp import build_gmlp
+from training import optim, resume, state
+from utils import remove_temporary_files, temporary_path
 from weights import checkpoint, pdparams
 
 
@@ -110,10 +111,10 @@ def test_a_checkpoint_whose_numbers_cannot_be_is_refused(wrong, tmp_path):
     path = tmp_path / "x.pdparams"
     good = {"model": make_weights(make_model()), "epoch": 1, "step": 2}
     pdparams.write(path, good)
-    assert checkpoint.read(path)["step"] == 2
+    assert state.read(path)["step"] == 2
     pdparams.write(path, {**good, **wrong})
     with pytest.raises(checkpoint.WeightsError, match=r"x\.pdparams"):
-        checkpoint.read(path)
+        state.read(path)
 
 
 def test_a_stale_temporary_link_does_not_reach_an_old_checkpoint(tmp_path):
@@ -142,19 +143,22 @@ def train_steps(model, optimizer, seeds):
         optimizer.clear_grad()
 
 
-def make_optimizer(model):
-    return paddle.optimizer.AdamW(0.01, parameters=model.parameters())
+def make_optimizer(model, name="AdamW"):
+    config = config_of("tiny")
+    config.TRAIN.OPTIMIZER.NAME = name
+    return optim.build_optimizer(config, model, 0.01)
 
 
-def test_optimizer_state_survives_other_parameter_names(tmp_path):
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_optimizer_state_survives_other_parameter_names(tmp_path, name):
     model = make_model()
     model.head.weight.set_value(paddle.ones([16, 10]))
     start = {k: v.numpy().copy() for k, v in model.state_dict().items()}
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, name)
     train_steps(model, optimizer, [1, 2])
     tree = {
         "model": model.state_dict(),
-        "optimizer": checkpoint.optimizer_state(optimizer, model),
+        "optimizer": state.optimizer_state(optimizer, model),
     }
     pdparams.write(tmp_path / "a.pdparams", tree)
     train_steps(model, optimizer, [3])
@@ -164,21 +168,21 @@ def test_optimizer_state_survives_other_parameter_names(tmp_path):
     assert other.head.weight.name != model.head.weight.name
     tree = pdparams.read(tmp_path / "a.pdparams", require_checksum=True)
     checkpoint.assign_weights(other, tree["model"], "a")
-    fresh = make_optimizer(other)
-    assert checkpoint.restore_optimizer(fresh, other, tree["optimizer"])
+    fresh = make_optimizer(other, name)
+    assert state.restore_optimizer(fresh, other, tree["optimizer"])
     train_steps(other, fresh, [3])
-    for name, value in other.state_dict().items():
-        assert np.array_equal(value.numpy(), model.state_dict()[name].numpy()), name
-        assert name == "head.bias" or not np.array_equal(value.numpy(), start[name]), name
+    for param, value in other.state_dict().items():
+        assert np.array_equal(value.numpy(), model.state_dict()[param].numpy()), param
+        assert param == "head.bias" or not np.array_equal(value.numpy(), start[param]), param
 
 
 def test_optimizer_state_has_structured_names_only(tmp_path):
     model = make_model()
     optimizer = make_optimizer(model)
     train_steps(model, optimizer, [1])
-    state = checkpoint.optimizer_state(optimizer, model)
+    tensors = state.optimizer_state(optimizer, model)
     kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
-    assert set(state) == {f"{name}.{kind}" for name in model.state_dict() for kind in kinds}
+    assert set(tensors) == {f"{name}.{kind}" for name in model.state_dict() for kind in kinds}
 
 
 @pytest.mark.parametrize(
@@ -195,11 +199,11 @@ def test_optimizer_state_that_does_not_fit_is_not_used(damage):
     model = make_model()
     optimizer = make_optimizer(model)
     train_steps(model, optimizer, [1])
-    state = {k: v.numpy() for k, v in checkpoint.optimizer_state(optimizer, model).items()}
+    tensors = {k: v.numpy() for k, v in state.optimizer_state(optimizer, model).items()}
     other = make_model()
     fresh = make_optimizer(other)
-    assert not checkpoint.restore_optimizer(fresh, other, damage(state))
-    moments = checkpoint.optimizer_state(fresh, other)
+    assert not state.restore_optimizer(fresh, other, damage(tensors))
+    moments = state.optimizer_state(fresh, other)
     assert all((v.numpy() == 0).all() for k, v in moments.items() if "moment" in k)
 
 
@@ -230,7 +234,7 @@ def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypat
     checkpoint.save(folder, {"epoch": 1}, ["best"])
     checkpoint.save(folder, {"epoch": 2}, ["Epoch-2"], last_good=str(folder / "last.pdparams"))
     assert epochs_in(folder) == {"last": 2, "previous": 1, "best": 1, "Epoch-2": 2}
-    names = [Path(path).stem for path in checkpoint.candidates(str(tmp_path))]
+    names = [Path(path).stem for path in resume.candidates(str(tmp_path))]
     assert set(names[:2]) == {"last", "Epoch-2"} and set(names[2:]) == {"previous", "best"}
 
 
@@ -313,7 +317,7 @@ def test_candidates_are_training_checkpoints_newest_first(tmp_path):
     (tmp_path / "train-a" / "best_weights.pdparams").touch()
     (tmp_path / "eval-a").mkdir()
     (tmp_path / "eval-a" / "x.pdparams").touch()
-    found = [os.path.relpath(path, tmp_path) for path in checkpoint.candidates(str(tmp_path))]
+    found = [os.path.relpath(path, tmp_path) for path in resume.candidates(str(tmp_path))]
     assert found == ["train-b/last.pdparams", "train-a/Epoch-3.pdparams", "train-a/best.pdparams"]
 
 

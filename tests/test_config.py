@@ -221,9 +221,9 @@ def test_the_papers_configs_hold_its_recipe_exactly(size, dim, drop_path):
 
     images_per_step = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * 8
     assert images_per_step == 4096
-    start, base, end = optim.scaled_learning_rates(config.TRAIN, images_per_step)
-    assert (start, base, end) == (0.0, 1e-3, 0.0)
-    assert optim.warmup_steps(config.TRAIN, 1_281_167 // 4096) == 10_000
+    rate = optim.LearningRate(config.TRAIN, images_per_step, 1_281_167 // 4096)
+    assert (rate.start, rate.base, rate.end) == (0.0, 1e-3, 0.0)
+    assert rate.warmup == 10_000
 
 
 @pytest.mark.parametrize("name", ["gmlp_digits", "gmlp_digits_32", "gmlp_digits_finetune"])
@@ -327,7 +327,7 @@ def test_opts_are_read_in_the_keys_type(key, text, value):
 
 def test_warm_up_may_be_a_fraction_of_an_epoch():
     config = update(opts=["TRAIN.WARMUP_EPOCHS", "0.5"])
-    assert optim.warmup_steps(config.TRAIN, steps_per_epoch=100) == 50
+    assert optim.LearningRate(config.TRAIN, 512, steps_per_epoch=100).warmup == 50
 
 
 # --- what is refused ---
@@ -359,8 +359,10 @@ def test_warm_up_may_be_a_fraction_of_an_epoch():
         ("TRAIN: {FREEZE_BACKBONE: 1}", ["TRAIN.FREEZE_BACKBONE", "True or False"]),
         ("MODEL: {NAME: 3}", ["MODEL.NAME", "text"]),
         ("MODEL: {RESUME: 3}", ["MODEL.RESUME", "text"]),
-        ("DATA: {DATASET: cifar10}", ["DATA.DATASET", "imagenet2012", "train_list.txt"]),
-        ("TRAIN: {OPTIMIZER: {NAME: SGD}}", ["TRAIN.OPTIMIZER.NAME", "AdamW", "SGD"]),
+        ("TRAIN: {OPTIMIZER: {NAME: none}}", ["TRAIN.OPTIMIZER.NAME", "AdamW", "none"]),
+        ("TRAIN: {LR_SCHEDULE: none}", ["TRAIN.LR_SCHEDULE", "cosine", "none"]),
+        ("TRAIN: {RAND_AUGMENT_OPERATORS: []}", ["TRAIN.RAND_AUGMENT_OPERATORS", "names"]),
+        ("TRAIN: {RAND_AUGMENT_OPERATORS: [1]}", ["TRAIN.RAND_AUGMENT_OPERATORS", "text"]),
         ("AMP_DTYPE: float32", ["AMP_DTYPE", "bfloat16"]),
         ("DATA: 3", ["DATA", "section"]),
         ("DATA: {BATCH_SIZ: 3}", ["DATA.BATCH_SIZ", "did you mean DATA.BATCH_SIZE?"]),
@@ -376,17 +378,17 @@ def test_warm_up_may_be_a_fraction_of_an_epoch():
         ("DATA: {BATCH_SIZE: 2021-13-45}", ["not valid YAML"]),
         ("SAVE: !!python/object/apply:os.system ['exit 1']", ["not valid YAML"]),
         ("? [1, 2]\n: 3", ["not valid YAML"]),
-        ("SEED: !!int ''", ["not valid YAML", "this is no int: ''", "line 1"]),
-        ("SEED: !!bool x", ["not valid YAML", "this is no bool: 'x'"]),
-        ("SEED: !!timestamp x", ["not valid YAML", "this is no timestamp"]),
-        ("SEED: 1" + ":1" * 400 + ".5", ["not valid YAML", "this is no float"]),
+        ("SEED: !!int ''", ["not valid YAML"]),
+        ("SEED: !!bool x", ["not valid YAML"]),
+        ("SEED: !!timestamp x", ["not valid YAML"]),
+        ("SEED: 1" + ":1" * 400 + ".5", ["not valid YAML"]),
         ('SEED: "\\UFFFFFFFF"', ["not valid YAML"]),
         ('SAVE: "a\\0b"', ["SAVE", "no path can hold"]),
         ('SAVE: "\\ud800"', ["SAVE", "no path can hold"]),
         ('BASE: "\\ud800"', ["cannot read", "surrogates"]),
         ('BASE: "a\\nb"', [r"a\nb", "No such file"]),
         ("BASE: " + "x" * 9000, ["cannot read", "too long"]),
-        ("[" * 10000, ["not valid YAML", "nested too deeply"]),
+        ("[" * 10000, ["not valid YAML"]),
         ("{a: " * 8000, ["not valid YAML"]),
         (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["not UTF-8"]),
         (b"\x00\x01\x02", ["not valid YAML"]),
@@ -421,8 +423,8 @@ for new, old in zip("bcdefgh", "abcdefg"):
         ("SEED: " + "9" * 3000, "SEED"),
         ("SEED: 0x" + "f" * 9000, "SEED"),
         ("TRAIN: {BASE_LR: " + "9" * 3000 + "}", "TRAIN.BASE_LR"),
-        ("DATA: {DATASET: " + "x" * 10000 + "}", "DATA.DATASET"),
-        ('DATA: {DATASET: "a\\nb"}', "DATA.DATASET"),
+        ("AMP_DTYPE: " + "x" * 10000, "AMP_DTYPE"),
+        ('AMP_DTYPE: "a\\nb"', "AMP_DTYPE"),
         ("x" * 1000 + ": 1", "no key"),
     ],
 )
@@ -463,16 +465,6 @@ def test_a_cycle_of_base_files_is_refused(tmp_path, parents):
     for name, parent in zip(["a.yaml", "b.yaml"], parents):
         write(tmp_path, name, f"BASE: [{parent}]")
     assert "cycle" in refusal(get_config, tmp_path / "a.yaml")
-
-
-def test_what_base_leads_to_is_limited_in_number_and_size(tmp_path):
-    for number in range(60):
-        write(tmp_path, f"{number}.yaml", f"BASE: [{number + 1}.yaml, {number + 1}.yaml]")
-    assert "BASE leads to more than 50 files" in refusal(get_config, tmp_path / "0.yaml")
-    write(tmp_path, "large.yaml", "# " + "x" * 20_000)
-    child = write(tmp_path, text="BASE: [large.yaml, large.yaml]")
-    message = refusal(get_config, child)
-    assert str(tmp_path / "large.yaml") in message and "BASE files are larger than" in message
 
 
 @pytest.mark.parametrize("text", ["'1if 2'", r'"\d"', "'{[]: 1}'"])
@@ -529,7 +521,6 @@ def test_every_limited_key_refuses_what_is_out_of_its_range(key):
         ({"opts": ["SEED", "[" * 10000]}, ["SEED"]),
         ({"batch_size": 0}, ["DATA.BATCH_SIZE", "at least 1"]),
         ({"last_epoch": -1}, ["TRAIN.LAST_EPOCH", "at least 0"]),
-        ({"dataset": "cifar10"}, ["DATA.DATASET", "cifar10", "train_list.txt"]),
         ({"cfg": "missing.yaml"}, ["missing.yaml"]),
     ],
 )

@@ -21,12 +21,13 @@ from datasets import (
     DataError,
     EvalSampler,
     ImageList,
+    ImageSource,
     TrainSampler,
     batches_per_epoch,
     build_dataset,
-    build_loader,
-    require_shared_memory,
 )
+from ranks import loader
+from ranks.loader import build_loader, require_shared_memory
 
 SIZE = 16
 
@@ -423,11 +424,45 @@ def test_an_epoch_goes_on_where_it_was_left(first_batch):
     assert len(TrainSampler(40, 4, 0, 0, 1, 2, first_batch)) == 5 - first_batch
 
 
+# --- formats ---
+
+
+def test_a_data_set_that_is_unknown_is_named_with_those_there_are(folder):
+    config = config_of(folder)
+    config.DATA.DATASET = "cifar10"
+    message = refusal(build_dataset, config, False)
+    assert "DATA.DATASET" in message and "'cifar10'" in message and "'imagenet2012'" in message
+
+
+def test_another_format_is_a_source_and_an_entry_in_the_table(tmp_path, monkeypatch):
+    class Folder(ImageSource):
+        def __init__(self, root):
+            self.name, self.root = root, root
+            self.names = sorted(name for name in os.listdir(root) if name.endswith(".png"))
+            self.labels = np.arange(len(self.names), dtype=np.int32)
+
+        def image_path(self, index):
+            return os.path.join(self.root, self.names[index])
+
+    monkeypatch.setitem(
+        datasets.DATASETS, "folder", lambda config, train: Folder(config.DATA.DATA_PATH)
+    )
+    config = config_of(tmp_path)
+    config.DATA.DATASET = "folder"
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "b.png").write_text("no image")
+    dataset = build_dataset(config, train=False)
+    pixels, label = dataset[0, 0]
+    assert pixels.shape == (SIZE, SIZE, 3) and label == 0
+    assert (dataset.name, len(dataset)) == (str(tmp_path), 2)
+    assert refusal(dataset.read, 1).startswith(f"cannot read {tmp_path / 'b.png'}: ")
+
+
 # --- loaders ---
 
 
 def batches_of(dataset, sampler, workers):
-    loaded = list(build_loader(dataset, sampler, workers))
+    loaded = list(build_loader(dataset, sampler, workers, SIZE))
     for images, labels in loaded:
         assert (images.dtype, labels.dtype) == (paddle.uint8, paddle.int64)
     return [(images.numpy(), labels.numpy()) for images, labels in loaded]
@@ -462,7 +497,8 @@ def test_a_rank_without_images_gets_no_batch(folder, workers):
 LOAD = """
 import sys
 from config import get_config
-from datasets import EvalSampler, build_dataset, build_loader
+from datasets import EvalSampler, build_dataset
+from ranks.loader import build_loader
 config = get_config()
 config.DATA.DATA_PATH, config.DATA.IMAGE_SIZE = sys.argv[1], 16
 dataset = build_dataset(config, False)
@@ -473,7 +509,7 @@ if sys.argv[3] == "bug":
     dataset.transform = transform
 seen = 0
 try:
-    for images, labels in build_loader(dataset, EvalSampler(11, 2, 0, 1), int(sys.argv[2])):
+    for images, labels in build_loader(dataset, EvalSampler(11, 2, 0, 1), int(sys.argv[2]), 8):
         seen += len(labels)
 except Exception as error:
     print(type(error).__name__, seen, error, flush=True)
@@ -521,9 +557,9 @@ def test_too_little_shared_memory_is_said_before_a_worker_dies(tmp_path):
 def test_a_loader_asks_for_the_memory_of_its_workers_on_all_ranks(folder, monkeypatch):
     free = 4 * 2 * 3 * SIZE * SIZE * 3  # four ranks, two workers with three batches of one image
     stat = SimpleNamespace(f_bavail=free, f_frsize=1)
-    monkeypatch.setattr(datasets.os, "statvfs", lambda path: stat)
+    monkeypatch.setattr(loader.os, "statvfs", lambda path: stat)
     dataset, sampler = dataset_of(folder), EvalSampler(11, 1, 0, 1)
-    build_loader(dataset, sampler, 2, ranks_on_host=4)
+    build_loader(dataset, sampler, 2, SIZE, ranks_on_host=4)
     stat.f_bavail -= 1
-    assert "shared memory" in refusal(build_loader, dataset, sampler, 2, 4)
-    build_loader(dataset, sampler, 0, ranks_on_host=4)
+    assert "shared memory" in refusal(build_loader, dataset, sampler, 2, SIZE, 4)
+    build_loader(dataset, sampler, 0, SIZE, ranks_on_host=4)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from program import CONFIG, ROOT, SMALL, flatten, run, run_program, same
 
-from compat import can_recompute
+from gmlp import can_recompute
 from weights import pdparams
 
 # Runs in every rank: one evaluation for each list length, batch size and number of workers.

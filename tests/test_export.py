@@ -11,11 +11,11 @@ import pytest
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
 from config import ConfigError, get_config
-from files import new_folder
 from tools import export
 from training import inference
 from training.run import build_model
 from transforms import build_batch_transform, build_transform
+from utils import new_folder
 from weights import pdparams
 from weights.checkpoint import assign_weights, load_weights
 

@@ -31,6 +31,7 @@ from processes import (
 from program import CONFIG, ROOT, SMALL, flatten, metrics, run, run_program, same, start_program
 
 from ranks.host import remove_batches
+from training import state
 from weights import checkpoint, pdparams
 
 LONG = {**SMALL, "TRAIN.NUM_EPOCHS": 8}  # 32 optimizer steps of two ranks
@@ -342,12 +343,12 @@ def test_a_second_run_does_not_go_on_in_the_folder_of_one_that_runs(few_digits, 
 # A run that ends saves once more between another one's search for checkpoints and its lock.
 SAVED_MEANWHILE = """
 import shutil, sys
-import files
-own_lock, newer = files.lock, sys.argv.pop()
+import utils
+own_lock, newer = utils.lock, sys.argv.pop()
 def lock(path):
     shutil.copy2(newer, path.replace("log.txt", "last.pdparams"))
     return own_lock(path)
-files.lock = lock
+utils.lock = lock
 import main_multi_gpu
 sys.exit(main_multi_gpu.main(sys.argv[1:]))
 """
@@ -425,15 +426,18 @@ def test_a_changed_run_goes_on_at_the_same_place_in_the_epoch_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "changes, part",
+    "changes, parts",
     [
-        ({"MODEL.NUM_CLASSES": 12}, "head.weight is [16, 10], wanted [16, 12]"),
-        ({"MODEL.MIXER.DEPTH": 3}, "mixer_layers.2."),
+        (
+            {"MODEL.NUM_CLASSES": 12},
+            ["give -num_classes 10", "head.weight is [16, 10], wanted [16, 12]"],
+        ),
+        ({"MODEL.MIXER.DEPTH": 3}, ["not this model's weights", "mixer_layers.2."]),
     ],
 )
-def test_another_model_is_refused(stopped, few_digits, tmp_path, changes, part):
+def test_another_model_is_refused(stopped, few_digits, tmp_path, changes, parts):
     args = ("-data_path", few_digits, "-output", tmp_path, "-resume", stopped)
-    run_program(*args, opts={**LONG, **changes}).refused(2, "not this model's weights", part)
+    run_program(*args, opts={**LONG, **changes}).refused(2, *parts)
     assert not list(tmp_path.iterdir())
 
 
@@ -549,7 +553,7 @@ def test_damaged_checkpoints_are_passed_over_or_refused(straight, few_digits, tm
         os.replace(tmp_path / "copy", path)
         damage(path)
         with pytest.raises(checkpoint.WeightsError, match=str(path)):
-            checkpoint.read(path)
+            state.read(path)
     refused = run_program("-data_path", few_digits, "-output", tmp_path, "-resume", path, opts=LONG)
     refused.refused(2, str(path))
     assert list(tmp_path.iterdir()) == [folder]  # not even a folder was made

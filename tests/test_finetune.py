@@ -17,7 +17,7 @@ from training import optim
 from training.run import Run, build_model
 from weights import checkpoint, pdparams
 
-TOOL = ROOT / "tools" / "finetune_demo.py"
+TOOL = ROOT / "demo" / "finetune_demo.py"
 # A run with all that is random, and no steps at a learning rate of 0.
 OPTS = {**SMALL, "TRAIN.ACCUM_ITER": 1, "TRAIN.NUM_EPOCHS": 2, "TRAIN.WARMUP_EPOCHS": 0,
         "TRAIN.LAYER_DECAY": 0.5}  # fmt: skip

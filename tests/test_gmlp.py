@@ -1,5 +1,6 @@
 """The model: timm's numbers, PaddleViT's names, the paper's sizes."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -11,8 +12,7 @@ from paddle import nn
 from paddle.nn import functional as F
 from program import ROOT, run
 
-from compat import can_recompute
-from gmlp import DropPath, GMLPBlock, build_gmlp
+from gmlp import GMLP, KEYS, DropPath, GMLPBlock, Sizes, build_gmlp, can_recompute
 from tools.model_table import count_multiply_adds, count_parameters
 
 VARIANTS = ("gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224")
@@ -194,7 +194,7 @@ def test_a_fresh_model_gives_zero_logits(fresh_model):
 
 def test_drop_path_drops_whole_branches_of_a_share_of_the_samples():
     paddle.seed(1)
-    block = GMLPBlock(dim=8, hidden_dim=16, num_tokens=4, dropout=0.0, drop_path=0.25)
+    block = GMLPBlock(Sizes(4, 3, 1, 2, dim=8, depth=1, mlp_ratio=2, drop_path=0.25))
     x = paddle.randn([4000, 4, 8])
     block.eval()
     branch = (block(x) - x).numpy()
@@ -308,3 +308,72 @@ def test_recomputation_runs_each_block_twice_and_has_the_same_gradients():
     runs.clear()
     model(images)
     assert len(runs) == 3
+
+
+def test_it_is_compiled_by_to_static_with_its_defaults():
+    model = golden.build("tiny")
+    images = paddle.to_tensor(golden.draw_images(32))
+    expected = model(images).numpy()
+    compiled = paddle.jit.to_static(model)
+    np.testing.assert_allclose(compiled(images).numpy(), expected, atol=1e-6)
+    compiled.train()
+    compiled(images).sum().backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+SIZES = [
+    Sizes(32, 3, 10, 4, dim=16, depth=3, mlp_ratio=6.0),
+    Sizes(15, 1, 1, 5, dim=3, depth=1, mlp_ratio=4 / 3),
+    Sizes(8, 4, 2, 8, dim=7, depth=2, mlp_ratio=22 / 7),  # 7 * (22 / 7) is 21.999...
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sizes_are_found_again_from_weights_and_from_a_config(sizes):
+    weights = {name: value.numpy() for name, value in GMLP(sizes).state_dict().items()}
+    found = Sizes.from_weights(weights)
+    assert found._replace(mlp_ratio=0) == sizes._replace(mlp_ratio=0)
+    assert found.hidden_dim == sizes.hidden_dim
+    config = tiny_config()
+    for key, value in zip(KEYS, found):
+        *sections, name = key.split(".")
+        functools.reduce(getattr, sections, config)[name] = value
+    assert Sizes.from_config(config) == found
+
+
+def changed(name, shape):
+    weights = {name: value.numpy() for name, value in GMLP(SIZES[0]).state_dict().items()}
+    if shape is None:
+        del weights[name]
+    else:
+        weights[name] = np.broadcast_to(np.float32(0), shape)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "part"),
+    [
+        ("head.weight", None, "head.weight is missing"),
+        ("mixer_layers.0.mlp_channels.gate.proj.weight", None, "gate.proj.weight is missing"),
+        ("patch_embed.patch_embed.weight", (16, 3, 4), "a shape cannot be"),
+        ("patch_embed.patch_embed.weight", (16, 3, 4, 4000), "do not fit together"),
+        ("patch_embed.patch_embed.weight", (160000, 3, 4, 4), "do not fit together"),
+        ("mixer_layers.1.mlp_channels.fc1.weight", (16, 10**9), "not the same in all blocks"),
+        ("mixer_layers.9.norm.weight", (16,), "mixer_layers.3.mlp_channels.fc1.weight is missing"),
+        ("head.weight", (1, 10**9), "do not fit together"),
+    ],
+)
+def test_weights_that_make_no_model_are_refused_before_memory_is_asked_for(name, shape, part):
+    with pytest.raises(ValueError, match=part):
+        Sizes.from_weights(changed(name, shape))
+
+
+def test_a_frozen_backbone_has_no_dropout_and_leaves_the_head_to_train():
+    model = build_gmlp(tiny_config(MODEL__DROPOUT=0.5, MODEL__DROPPATH=0.5))
+    model.head.weight.set_value(paddle.ones_like(model.head.weight))
+    model.freeze_backbone()
+    model.train()
+    images = paddle.to_tensor(golden.draw_images(32))
+    assert np.array_equal(model(images).numpy(), model(images).numpy())
+    trained = [name for name, param in model.named_parameters() if not param.stop_gradient]
+    assert trained == ["head.weight", "head.bias"]

@@ -10,7 +10,7 @@ import pytest
 from program import ROOT, SMALL, flatten, run_as_rank
 
 from config import ConfigError
-from ranks import host
+from ranks import host, launch
 from training import run
 
 V1 = "5:memory:/\n4:cpu,cpuacct:/job\n3:cpuset:/other\n0::/\n"
@@ -89,7 +89,7 @@ def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, alread
 )
 def test_a_rank_knows_its_place_from_the_environment(environment, variables, is_rank, local_ranks):
     environment(**variables)
-    assert (host.is_rank(), host.local_ranks()) == (is_rank, local_ranks)
+    assert (launch.is_rank(), host.local_ranks()) == (is_rank, local_ranks)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_loader_workers_are_shared_out_from_the_cores(
 ):
     monkeypatch.setattr(host, "available_cores", lambda: cores)
     environment(PADDLE_LOCAL_SIZE=str(ranks))
-    assert host.default_workers(on_gpu) == workers
+    assert host.choose_workers(-1, on_gpu) == workers
 
 
 @pytest.mark.parametrize(

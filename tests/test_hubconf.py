@@ -32,7 +32,7 @@ def test_list_and_help_name_the_three_models():
 
 
 def test_a_user_loads_it_from_a_folder_with_modules_of_the_same_names(published, tmp_path):
-    for name in ("config", "utils", "gmlp", "files"):
+    for name in ("config", "utils", "gmlp", "training", "weights"):
         (tmp_path / f"{name}.py").write_text(f"own = {name!r}\n")
     code = f"""
 import sys; sys.path.insert(0, ".")

@@ -10,9 +10,8 @@ import paddle
 import pytest
 from program import CONFIG, SMALL, flatten, run_as_rank, run_program
 
-from compat import can_compile
-from training import run
-from training.inference import CompiledModel
+from training import inference
+from training.inference import CompiledModel, can_compile
 
 needs_engine = pytest.mark.skipif(not can_compile(), reason="Paddle 2.6 cannot")
 
@@ -97,9 +96,9 @@ def test_it_is_used_where_asked_for_or_worth_it(
     trained, few_digits, tmp_path, monkeypatch, kind, worth, possible, words
 ):
     made = []
-    monkeypatch.setattr(run, "_WORTH_COMPILING", worth)
-    monkeypatch.setattr(run, "can_compile", lambda: possible)
-    monkeypatch.setattr(run, "CompiledModel", lambda model, *args: made.append(args) or model)
+    monkeypatch.setattr(inference, "_WORTH_COMPILING", worth)
+    monkeypatch.setattr(inference, "can_compile", lambda: possible)
+    monkeypatch.setattr(inference, "CompiledModel", lambda model, *args: made.append(args) or model)
     result = run_as_rank(
         "-data_path", few_digits, "-output", tmp_path, "-eval", "-cfg", CONFIG,
         "-pretrained", trained / "best_weights.pdparams",

@@ -12,7 +12,8 @@ import pytest
 from processes import HANG_SECONDS, is_running, wait_for
 from program import ROOT
 
-from ranks import host, launch
+from ranks import launch, report
+from utils import UserError
 
 # Ranks say that they run by a file named by their number that holds their process's.
 STARTED = """
@@ -90,7 +91,7 @@ def test_there_is_one_rank_for_each_gpu_or_as_many_as_asked(
 
 @pytest.mark.parametrize(("nprocs", "gpus"), [(0, 0), (-1, 0), (0, 4), (5, 4), (2, 1)])
 def test_ranks_that_cannot_be_are_refused(environment, nprocs, gpus):
-    with pytest.raises(ValueError, match=f"-nprocs is {nprocs}, "):
+    with pytest.raises(UserError, match=f"-nprocs is {nprocs}, "):
         launch.choose_ranks(nprocs, gpus)
 
 
@@ -197,14 +198,14 @@ def test_a_process_that_a_failed_rank_leaves_behind_is_ended(tmp_path):
 def test_a_killed_rank_is_named_with_its_log_and_what_it_left_is_removed(tmp_path, ranks):
     # Its loader worker, a child that dies with it, has a batch in shared memory.
     code = f"""
-from ranks import host
+from ranks import host, report
 import os
 import signal
 import sys
 import time
 {STARTED}
 folder = sys.argv[1]
-if rank == "0": host.report_folder(folder)
+if rank == "0": report.report_folder(folder)
 while not all(os.path.exists(f"{{folder}}/{{other}}") for other in range({ranks})): pass
 if rank == str({ranks - 1}):
     rank_pid, child = os.getpid(), os.fork()
@@ -237,7 +238,7 @@ while True: signal.pause()
 
 def test_what_a_rank_says_because_another_was_killed_is_not_the_error(tmp_path):
     code = f"""
-from ranks import host
+from ranks import report
 import os
 import signal
 import sys
@@ -252,7 +253,7 @@ def runs(pid):
     except OSError:
         return False
 while runs(open(f"{{sys.argv[1]}}/1").read()): pass
-host.report_error("connection lost")
+report.report_error("connection lost")
 sys.exit(1)
 """
     status, err = run_launcher(tmp_path, 2, code)
@@ -261,7 +262,8 @@ sys.exit(1)
 
 def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
     code = (
-        "import sys; from ranks import host; host.report_error('the list is empty: é'); sys.exit(2)"
+        "import sys; from ranks import report\n"
+        "report.report_error('the list is empty: é'); sys.exit(2)"
     )
     status, err = run_launcher(tmp_path, 3, code)
     assert status == 2
@@ -270,7 +272,7 @@ def test_an_error_that_all_ranks_report_is_printed_once(tmp_path):
 
 
 def test_without_a_launcher_an_error_is_printed_at_once(environment, capsys):
-    host.report_error("wrong")
+    report.report_error("wrong")
     assert capsys.readouterr().err == "wrong\n"
 
 
@@ -316,14 +318,14 @@ def test_a_rank_that_was_asked_to_end_and_hangs_is_killed(tmp_path):
     assert not any(map(is_running, ranks))
 
 
-@pytest.mark.parametrize("sign", ["host.report_alive()", "busy.__enter__()"])
+@pytest.mark.parametrize("sign", ["report.report_alive()", "busy.__enter__()"])
 def test_ranks_that_get_on_have_the_time_they_need(tmp_path, sign):
     code = f"""
-from ranks import host
+from ranks import report
 import signal
 import sys
 import time
-asked, busy = [], host.busy()
+asked, busy = [], report.busy()
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 {STARTED}
 while not asked: time.sleep(0.01)
@@ -343,14 +345,14 @@ sys.exit(143)
 @pytest.mark.parametrize(
     "end, status, said",
     [
-        ("host.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
+        ("report.report_error('the disk is full', 1); sys.exit(1)", 1, "the disk is full"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rank 0 of 1 failed (SIGKILL)"),
         ("sys.exit(0)", 0, ""),  # it was done already
         ("sys.exit(143)", 143, ""),
     ],
 )
 def test_143_says_that_the_run_ended_as_asked(tmp_path, end, status, said):
-    code = f"import os, signal, sys; from ranks import host\ndef act(*_): {end}\n"
+    code = f"import os, signal, sys; from ranks import report\ndef act(*_): {end}\n"
     launcher = start_launcher(tmp_path, 1, code + "signal.signal(signal.SIGTERM, act)\n" + WAIT)
     started(tmp_path, 1)
     launcher.terminate()

@@ -10,8 +10,8 @@ from PIL import Image
 from program import ROOT, SMALL, run, run_program, run_tool
 
 from datasets import ImageList
-from files import show_path
 from tools import check_dataset, make_lists
+from utils import show_path
 
 TOOL = ROOT / "tools" / "make_lists.py"
 

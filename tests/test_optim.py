@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from types import SimpleNamespace
 
 import golden
@@ -11,9 +12,9 @@ import pytest
 from paddle import nn
 from paddle.amp import grad_scaler
 
-from config import get_config
+from config import ConfigError, get_config, update_config
 from training import optim
-from training.optim import EMA, NoEMA, Updater, build_optimizer, decayed_parameters, warmup_cosine
+from training.optim import EMA, LearningRate, NoEMA, Updater, build_optimizer, decayed_parameters
 
 
 class TwoLayers(nn.Layer):
@@ -74,12 +75,18 @@ def random_gradients(model, seed, scale=1.0):
     ],
 )
 def test_the_rate_warms_up_linearly_then_follows_half_a_cosine(step, rate):
-    schedule = warmup_cosine(start=1e-6, base=1e-3, end=1e-5, warmup=10, total=110)
+    train = config_of(
+        WARMUP_START_LR=1e-6, BASE_LR=1e-3, END_LR=1e-5, WARMUP_EPOCHS=1, NUM_EPOCHS=11
+    ).TRAIN
+    schedule = LearningRate(train, images_per_step=512, steps_per_epoch=10)
     assert schedule(step) == pytest.approx(rate, rel=1e-12)
 
 
 def test_without_warm_up_the_first_step_has_the_whole_rate():
-    schedule = warmup_cosine(start=5.0, base=1.0, end=0.0, warmup=0, total=10)
+    train = config_of(
+        WARMUP_START_LR=5.0, BASE_LR=1.0, END_LR=0.0, WARMUP_STEPS=0, NUM_EPOCHS=1
+    ).TRAIN
+    schedule = LearningRate(train, images_per_step=512, steps_per_epoch=10)
     assert [schedule(step) for step in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
 
 
@@ -89,12 +96,13 @@ def test_without_warm_up_the_first_step_has_the_whole_rate():
 def test_rates_scale_with_the_images_of_a_step(images, reference, scale):
     train = config_of(LINEAR_SCALED_LR=reference, BASE_LR=1e-3).TRAIN
     expected = (1e-6 * scale, 1e-3 * scale, 1e-5 * scale)
-    assert optim.scaled_learning_rates(train, images) == pytest.approx(expected, rel=1e-12)
+    rate = LearningRate(train, images, steps_per_epoch=10)
+    assert (rate.start, rate.base, rate.end) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(None, 20 * 625), (10000, 10000), (0, 0)])
 def test_warm_up_steps_override_warm_up_epochs(steps, expected):
-    assert optim.warmup_steps(config_of(WARMUP_STEPS=steps).TRAIN, 625) == expected
+    assert LearningRate(config_of(WARMUP_STEPS=steps).TRAIN, 512, 625).warmup == expected
 
 
 def test_the_optimizer_takes_each_steps_rate_and_that_of_a_resumed_step(model):
@@ -110,6 +118,41 @@ def test_the_optimizer_takes_each_steps_rate_and_that_of_a_resumed_step(model):
     assert updater.step == 3
     updater.move_to(99)
     assert (updater.step, optimizer.get_lr()) == (99, pytest.approx(0.005))
+
+
+def test_every_schedule_goes_from_the_whole_rate_to_the_last_and_names_itself():
+    for name, curve in optim.SCHEDULES.items():
+        assert (curve(0.0), curve(1.0)) == pytest.approx((1.0, 0.0)), name
+        train = config_of(LR_SCHEDULE=name, WARMUP_STEPS=3, LINEAR_SCALED_LR=None).TRAIN
+        assert str(LearningRate(train, 512, 10)) == (
+            f"learning rate 1e-06 to 0.001 in 3 steps, then to 1e-05 ({name})"
+        )
+
+
+def test_the_configs_choices_are_the_tables():
+    for key, table in (("OPTIMIZER.NAME", optim.OPTIMIZERS), ("LR_SCHEDULE", optim.SCHEDULES)):
+        for name in table:
+            config_of_text(f"TRAIN.{key}", name)
+        with pytest.raises(ConfigError) as error:
+            config_of_text(f"TRAIN.{key}", "no such")
+        assert re.findall(r"'(\w+)'", str(error.value).split(", not ")[0]) == list(table)
+
+
+def config_of_text(key, value):
+    return update_config(get_config(), SimpleNamespace(opts=[key, value]))
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimizer_takes_the_rate_clips_and_spares_biases_the_decay(model, name):
+    train = {"OPTIMIZER.NAME": name, "GRAD_CLIP": 1e-9, "WEIGHT_DECAY": 0.5}
+    optimizer = build_optimizer(config_of(**train), model, optim.build_schedule(lambda step: 0.1))
+    before = numpy_of(model)
+    zero = {name: 0 * value for name, value in before.items()}
+    loss_with_gradients(model, zero).backward()
+    optimizer.step()
+    moved = {n: not np.array_equal(v, before[n]) for n, v in numpy_of(model).items()}
+    assert moved == {"fc.weight": True, "fc.bias": False, "norm.weight": False, "norm.bias": False}
+    assert optimizer.get_lr() == 0.1
 
 
 # --- AdamW ---

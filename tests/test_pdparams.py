@@ -30,7 +30,7 @@ import numpy as np
 import paddle
 import pytest
 
-import files
+import utils
 from weights import pdparams
 from weights.pdparams import WeightsError
 
@@ -114,7 +114,7 @@ def test_python_and_numpy_values_keep_their_types(tmp_path, protocol):
         "tuples": ((1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [[]], {}),
         "long": ["x" * 300, "y" * 70000],
         "scalars": [np.float32(0.1), np.int64(-3), np.bool_(True), np.complex64(1j)],
-        "dtypes": [np.zeros(3, code) for code in sorted(pdparams._DTYPES)],
+        "dtypes": [np.zeros(3, code) for code in sorted(pdparams.DTYPES)],
         "shapes": [np.zeros(shape, "f4") for shape in ((), (0,), (2, 0), (1,) * 32)],
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "large": np.arange(100_000, dtype="f4"),
@@ -1240,7 +1240,7 @@ def test_a_folder_that_cannot_be_synced_does_not_fail_the_write(checkpoint, monk
     def refuse(*args):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(files, "_sync_folder", refuse)
+    monkeypatch.setattr(utils, "_sync_folder", refuse)
     pdparams.write(checkpoint, {"epoch": 2})
     assert pdparams.read(checkpoint) == {"epoch": 2}
 

@@ -10,7 +10,7 @@ import pytest
 from program import CONFIG, ROOT, run
 
 from config import get_config
-from gmlp import SpatialGatingUnit, build_gmlp
+from gmlp import Sizes, SpatialGatingUnit, build_gmlp
 from tools import common, plot_gates
 from weights import pdparams
 
@@ -74,7 +74,7 @@ def test_it_makes_a_picture(weights, tmp_path):
 
 def test_a_filter_is_what_the_model_does_for_its_token():
     """A gate reads one token for another: the other's filter has a 1 in the place of the first."""
-    unit = SpatialGatingUnit(channels=4, num_tokens=9)
+    unit = SpatialGatingUnit(Sizes(9, 3, 1, 3, dim=2, depth=1, mlp_ratio=2))
     unit.norm = paddle.nn.Identity()
     source, target = 5, 6  # (1, 2) and (2, 0)
     weight = np.zeros([9, 9], "float32")
@@ -130,10 +130,10 @@ def test_what_does_not_fit_is_refused(weights, tmp_path, capsys):
     gone.write_bytes(weights.read_bytes()[:5000])
     assert str(gone) in refused(capsys, "-pretrained", gone, *output)
     assert ".png or .svg" in refused(capsys, "-pretrained", weights, "-output", weights)
-    for name, value in (("head.bias", np.zeros([2, 2])), (plot_gates._NAME.format(0), np.ones(3))):
-        odd = {name: paddle.to_tensor(value)}
-        pdparams.write(gone, odd)
-        assert "these are not this model's" in refused(capsys, "-pretrained", gone, *output)
+    gate = "mixer_layers.0.mlp_channels.gate.proj.weight"
+    for name, value in (("head.bias", np.zeros([2, 2])), (gate, np.ones(3))):
+        pdparams.write(gone, {name: paddle.to_tensor(value)})
+        assert f"{gone}: is no gMLP's" in refused(capsys, "-pretrained", gone, *output)
     assert not (tmp_path / "a.png").exists()
 
 
@@ -164,7 +164,7 @@ def test_the_overview_figure_has_the_sizes_of_s16():
     mixer, size = config.MODEL.MIXER, config.DATA.IMAGE_SIZE
     tokens, dim = (size // mixer.PATCH_SIZE) ** 2, mixer.EMBED_DIM
     hidden, classes = int(dim * mixer.MLP_RATIO), config.MODEL.NUM_CLASSES
-    path = ROOT / "figures" / "gmlp.svg"
+    path = ROOT / "docs" / "figures" / "gmlp.svg"
     root = ElementTree.parse(path).getroot()
     texts = [node.text for node in root.iter() if node.tag.endswith("text")]
     shapes = {text[text.index("[") :] for text in texts if "[" in text}

@@ -13,7 +13,7 @@ from program import ROOT, run, run_tool, same
 from safetensors.numpy import load_file, save_file
 
 from config import get_config, update_config
-from gmlp import build_gmlp
+from gmlp import Sizes, build_gmlp
 from tools import port_weights
 from weights import checkpoint, pdparams
 
@@ -100,9 +100,12 @@ def test_there_and_back_has_the_same_bits(sizes, dtype, tmp_path):
 def test_a_model_that_has_a_config_is_described_by_it_alone(name):
     words = f"-cfg configs/{name}.yaml"
     config = get_config(str(ROOT / words.split()[1]))
-    assert port_weights.describe(config) == words
+    assert port_weights.describe(Sizes.from_config(config)) == words
     config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES = 320, 7
-    assert port_weights.describe(config) == f"{words} -image_size 320 -num_classes 7"
+    assert (
+        port_weights.describe(Sizes.from_config(config))
+        == f"{words} -image_size 320 -num_classes 7"
+    )
 
 
 def test_bfloat16_becomes_float32_with_the_same_values(tiny, tmp_path):
@@ -145,15 +148,15 @@ def test_what_is_no_gmlp_is_refused_with_the_first_difference(tiny, tmp_path):
         port(tmp_path / "x.safetensors", target).refused(2, "x.safetensors: ", *parts)
         assert not target.exists()
 
-    refused({"head.bias": None}, "head.bias is missing")
+    refused({"head.weight": None}, "head.weight is missing")
     refused({"blocks.1.norm.bias": None}, "mixer_layers.1.norm.bias is not there")
     refused({"cls_token": np.zeros(3, "float32")}, "cls_token is [3], wanted nothing")
-    refused({"head.bias": np.zeros(9, "float32")}, "head.weight is [16, 10], wanted [16, 9]")
+    refused({"head.bias": np.zeros(9, "float32")}, "head.bias is [9], wanted [10]")
     refused({"norm.weight": np.zeros(16, "int32")}, "norm.weight is of int32")
     refused({"stem.proj.weight": np.zeros([16], "float32")}, "a shape cannot be")
     wide = np.zeros(1000, "float32")
-    refused({"blocks.0.mlp_channels.fc1.bias": wide}, "do not fit together")
-    refused({"blocks.0.mlp_channels.gate.proj.bias": wide[:0]}, "is no gMLP's")
+    refused({"blocks.0.mlp_channels.fc1.bias": wide}, "mixer_layers.0.mlp_channels.fc1.bias is")
+    refused({"blocks.0.mlp_channels.gate.proj.bias": wide[:0]}, "gate.proj.bias is [0]")
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from PIL import Image, ImageFont
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
 from config import get_config
-from datasets import EvalSampler, build_dataset, build_loader
+from datasets import EvalSampler, build_dataset
+from ranks.loader import build_loader
 from tools import make_lists, predict, sheet
-from training import engine
+from training import evaluate
 from training.run import build_model
 from transforms import build_batch_transform
 from weights import pdparams
@@ -85,10 +86,10 @@ def test_the_probabilities_are_those_of_the_evaluation(model, predicted, few_dig
     network = build_model(config)
     assign_weights(network, load_weights(model[3]), "")
     data = build_dataset(config, train=False)
-    batches, seen = build_loader(data, EvalSampler(len(data), 16, 0, 1), 0), []
+    batches, seen = build_loader(data, EvalSampler(len(data), 16, 0, 1), 0, 28), []
     network.register_forward_post_hook(lambda _, images, logits: seen.append(F.softmax(logits)))
     transform = build_batch_transform(config, train=False)
-    scores = engine.validate(network, batches, transform, contextlib.nullcontext)
+    scores = evaluate.validate(network, batches, transform, contextlib.nullcontext)
     expected = paddle.concat(seen).numpy()
 
     paths = [data.images.image_path(index) for index in range(len(data))]
@@ -308,7 +309,7 @@ def test_a_picture_that_cannot_be_written(predicted, folder, tmp_path, monkeypat
 
 def test_other_photographs_and_another_size(predicted):
     result = predicted("-format", "jsonl", "-image_size", 35, PHOTOS).check()
-    assert "for images of 28 pixels, and are resampled for 35" in result.err
+    assert "is for images of 28 pixels: its spatial projections are resampled" in result.err
     assert [row["path"] for row in rows(result)] == sorted(map(str, PHOTOS.iterdir()))
 
 

@@ -1,6 +1,7 @@
 """Spatial projections for another image size: what resampling keeps, how the program does it."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -21,7 +22,7 @@ from weights.resample import (
 )
 
 SIZES = [(8, 10), (8, 6), (14, 24), (14, 7), (7, 5), (1, 3), (3, 1), (2, 5), (24, 14)]
-TOOL = ROOT / "tools" / "resolution_study.py"
+TOOL = ROOT / "demo" / "resolution_study.py"
 CONFIG_32 = ROOT / "configs" / "gmlp_digits_32.yaml"
 
 
@@ -44,6 +45,12 @@ def inner(side, border=2):
 
 
 # --- the operators ---
+
+
+def model_of(num_tokens):
+    """What resample_weights asks of a model."""
+    sizes = SimpleNamespace(num_tokens=num_tokens)
+    return SimpleNamespace(sizes=sizes, gate_name="gate.proj")
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 8, 14, 24, 49])
@@ -149,7 +156,7 @@ def test_a_model_of_another_size_computes_the_resampled_function():
     checkpoint.assign_weights(small, weights, "here")
     config.DATA.IMAGE_SIZE = 40
     large = build_gmlp(config)
-    fitted, side = resample_weights(weights, large.patch_embed.num_tokens, "here")
+    fitted, side = resample_weights(weights, large, "here")
     assert side == 8
     checkpoint.assign_weights(large, fitted, "here")
     shade = paddle.to_tensor([0.3, -0.5, 0.8]).reshape([1, 3, 1, 1])
@@ -171,7 +178,7 @@ def model_weights(image_size=32, patch=4, depth=2):
 
 def test_weights_that_fit_are_not_touched():
     _, weights = model_weights()
-    same, side = resample_weights(weights, 64, "file")
+    same, side = resample_weights(weights, model_of(64), "file")
     assert same is weights and side is None
 
 
@@ -179,7 +186,7 @@ def test_only_spatial_projections_change_and_the_caller_keeps_his_own():
     _, weights = model_weights()
     before = dict(weights)
     model, _ = model_weights(image_size=24)
-    fitted, side = resample_weights(weights, 36, "file")
+    fitted, side = resample_weights(weights, model_of(36), "file")
     assert side == 8 and fitted.keys() == weights.keys()
     changed = {name for name in weights if fitted[name] is not weights[name]}
     assert changed == {name for name in weights if ".gate.proj." in name} and len(changed) == 4
@@ -191,7 +198,7 @@ def test_tokens_that_are_no_square_are_refused():
     weight, bias = np.ones([60, 60], "float32"), np.ones(60, "float32")
     name = "mixer_layers.0.mlp_channels.gate.proj"
     with pytest.raises(WeightsError, match=rf"^file: {name}.weight is for 60 tokens, .* no square"):
-        resample_weights({f"{name}.weight": weight, f"{name}.bias": bias}, 64, "file")
+        resample_weights({f"{name}.weight": weight, f"{name}.bias": bias}, model_of(64), "file")
 
 
 def test_blocks_of_different_numbers_of_tokens_are_refused():
@@ -199,7 +206,7 @@ def test_blocks_of_different_numbers_of_tokens_are_refused():
     name = "mixer_layers.1.mlp_channels.gate.proj"
     weights[f"{name}.weight"], weights[f"{name}.bias"] = noise(5)
     with pytest.raises(WeightsError, match=r"^file: .* different numbers of tokens"):
-        resample_weights(weights, 36, "file")
+        resample_weights(weights, model_of(36), "file")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_what_is_no_projection_is_left_to_be_refused(weight, bias):
     weights[f"{name}.weight"], weights[f"{name}.bias"] = weight, bias
     if bias is None:
         del weights[f"{name}.bias"]
-    fitted, _ = resample_weights(weights, 36, "file")
+    fitted, _ = resample_weights(weights, model_of(36), "file")
     with pytest.raises(checkpoint.NotThisModel, match=r"^file: .*mixer_layers.1.*proj"):
         checkpoint.assign_weights(model, fitted, "file")
 
@@ -228,7 +235,7 @@ def test_what_is_no_projection_is_left_to_be_refused(weight, bias):
 def test_another_patch_size_is_refused_as_another_model():
     _, weights = model_weights(image_size=28, patch=7)  # 4 x 4 tokens
     model, _ = model_weights()
-    fitted, _ = resample_weights(weights, 64, "file")
+    fitted, _ = resample_weights(weights, model_of(64), "file")
     with pytest.raises(checkpoint.NotThisModel, match=r"patch_embed.patch_embed.weight"):
         checkpoint.assign_weights(model, fitted, "file")
 
@@ -244,12 +251,12 @@ def test_the_program_resamples_pretrained_weights_and_no_checkpoint(trained, few
     result = run_program(*size, "-output", tmp_path, "-pretrained", best, opts=opts).check()
     said = (
         f"{best} is for images of 28 pixels: its spatial projections are resampled from 4 x 4 to "
-        "5 x 5 tokens (DATA.IMAGE_SIZE 35)"
+        "5 x 5 tokens, for 35 pixels"
     )
     assert said in result.out + result.err
     (folder,) = tmp_path.glob("train-*")
     # At a learning rate of 0 the run saves what it started from.
-    start, _ = resample_weights(checkpoint.load_weights(best), 25, "file")
+    start, _ = resample_weights(checkpoint.load_weights(best), model_of(25), "file")
     saved = checkpoint.load_weights(folder / "last.pdparams")
     assert start.keys() == saved.keys()
     assert all(np.array_equal(start[name], saved[name]) for name in start)

@@ -85,17 +85,24 @@ def test_every_part_can_be_set_from_the_environment(recorder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, variable, part",
+    "script, variable, value, parts",
     [
-        ("run_train_multi.sh", "DATA_PATH", "set DATA_PATH"),
-        ("run_eval_multi.sh", "DATA_PATH", "set DATA_PATH"),
-        ("run_train_multi.sh", "PRETRAINED", "set PRETRAINED"),
-        ("run_eval_multi.sh", "PRETRAINED", "set PRETRAINED"),
+        ("run_train_multi.sh", "DATA_PATH", "/nowhere", ["/nowhere/train_list.txt", "DATA_PATH"]),
+        ("run_eval_multi.sh", "DATA_PATH", "/nowhere", ["/nowhere/val_list.txt", "DATA_PATH"]),
+        ("run_train_multi.sh", "PRETRAINED", "/nowhere/x", ["/nowhere/x does not exist"]),
+        ("run_eval_multi.sh", "PRETRAINED", "/nowhere/x", ["/nowhere/x does not exist"]),
+        ("run_train_multi.sh", "DATASET", "cifar10", ["DATA.DATASET", "cifar10", "imagenet2012"]),
     ],
 )
-def test_a_missing_folder_or_file_is_said_with_the_cure(script, variable, part, few_digits):
-    env = {"DATA_PATH": str(few_digits), variable: "/nowhere/x"}
-    scripted(script, **env).refused(2, script, "/nowhere/x", part)
+def test_what_is_missing_is_said_with_the_cure(script, variable, value, parts, few_digits):
+    env = {"CFG": str(ROOT / "configs" / "gmlp_digits.yaml"), "DATA_PATH": str(few_digits)}
+    scripted(script, **{**env, variable: value}).refused(2, *parts)
+
+
+@pytest.mark.parametrize("script", ["run_train_multi.sh", "run_eval_multi.sh"])
+def test_arguments_win_over_the_variables_and_help_needs_no_data(script):
+    assert "usage:" in scripted(script, "-h").check().out
+    scripted(script, "-data_path", "/elsewhere").refused(2, "/elsewhere/")
 
 
 def test_the_scripts_train_and_evaluate(few_digits, tmp_path):

@@ -10,9 +10,9 @@ RANK = """
 import os, signal, sys, time
 import paddle
 from ranks import stop
-import utils
+from ranks import collective
 
-rank, ranks = utils.init_distributed()
+rank, ranks = collective.init_distributed()
 signal_at = {signal_at}
 def signal_me(step):
     if signal_at.get(rank) == step:
@@ -25,7 +25,7 @@ with stop.request.finishing():
 TRAIN = """
     for step in range(1, 60):
         signal_me(step)
-        utils.all_reduce_sum(paddle.ones([1]))
+        collective.all_reduce_sum(paddle.ones([1]))
         if step % 10 == 0: stop.request.share()
         if stop.request.is_due_after(step):
             say(step)

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 import augment
 import transforms
-from augment import AutoAugment, ColorJitter, RandAugment
+from augment import RAND_AUGMENT_OPERATORS, AutoAugment, ColorJitter, RandAugment
 from config import get_config
 from transforms import EvalTransform, TrainTransform
 
@@ -310,7 +310,8 @@ def test_randaugment_applies_half_of_its_layers_at_noisy_levels_in_both_directio
     names, levels, signs = zip(*applied)
     assert abs(len(applied) / 6000 - 0.5) < 0.02
     share = np.unique(names, return_counts=True)[1] / len(names)
-    assert len(share) == 15 and np.abs(share - 1 / 15).max() < 0.02
+    count = len(RAND_AUGMENT_OPERATORS)
+    assert len(share) == count and np.abs(share - 1 / count).max() < 0.02
     assert max(levels) == 10 and abs(np.median(levels) - 9) < 0.05
     assert abs(np.quantile(levels, 0.1587) - 8.5) < 0.05  # one standard deviation below
     assert abs(np.mean(signs)) < 0.05 and set(signs) == {1, -1}
@@ -322,7 +323,7 @@ def test_randaugment_draws_with_replacement(applied):
         RandAugment(num_layers=2, prob=1.0)(None, rng)
     names = [name for name, _, _ in applied]
     same = np.mean([a == b for a, b in zip(names[::2], names[1::2])])
-    assert len(names) == 1000 and abs(same - 1 / 15) < 0.04
+    assert len(names) == 1000 and abs(same - 1 / len(RAND_AUGMENT_OPERATORS)) < 0.04
 
 
 @pytest.mark.parametrize(("magnitude", "level"), [(-5, 0), (50, 10)])
@@ -402,6 +403,9 @@ def test_the_configuration_sets_strength_crop_and_flip():
     config = make_config(RAND_AUGMENT_LAYERS=3, RAND_AUGMENT_MAGNITUDE=7)
     augment = transforms.build_transform(config, train=True).augment
     assert (augment.num_layers, augment.magnitude) == (3, 7)
+    assert augment.operators == RAND_AUGMENT_OPERATORS
+    config = make_config(RAND_AUGMENT_OPERATORS=["Invert", "Rotate"])
+    assert transforms.build_transform(config, train=True).augment.operators == ["Invert", "Rotate"]
 
     config = make_config(CROP_SCALE=[0.5, 0.5], CROP_RATIO=[2.0, 2.0], HFLIP=1.0)
     transform = transforms.build_transform(config, train=True)
@@ -417,6 +421,12 @@ def test_the_configuration_sets_strength_crop_and_flip():
     config = make_config(RAND_AUGMENT=False, AUTO_AUGMENT=False, COLOR_JITTER=0.25)
     jitter = transforms.build_transform(config, train=True).augment
     assert (jitter.low, jitter.high) == (0.75, 1.25)
+
+
+def test_an_operator_that_is_unknown_is_named_with_those_there_are():
+    config = make_config(RAND_AUGMENT_OPERATORS=["Invert", "Rotat"])
+    with pytest.raises(ValueError, match=r"RAND_AUGMENT_OPERATORS: .*'Rotat'.* Rotate"):
+        transforms.build_transform(config, train=True)
 
 
 def test_the_configuration_sets_the_evaluation_crop():

@@ -3,11 +3,11 @@
 import shutil
 import sys
 
+import metrics
 import pytest
 from program import SMALL, run_program
 
-import metrics
-from metrics import MetricsFile, VisualDL, read_metrics
+from utils import MetricsFile, VisualDL, read_metrics
 
 # A training resumes and all of its parts write; the model itself does not matter here.
 OPTS = {**SMALL, "VISUALDL": True, "TRAIN.RAND_AUGMENT": False, "DATA.NUM_WORKERS": 0}

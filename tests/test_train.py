@@ -1,6 +1,7 @@
-"""The training and evaluation loops, in this process and with one rank."""
+"""The training loop, in this process and with one rank."""
 
 import contextlib
+import logging
 import types
 
 import numpy as np
@@ -10,7 +11,11 @@ from golden import config_of
 from paddle.nn import functional as F
 
 from gmlp import build_gmlp
-from training import engine, optim
+from training import evaluate, optim
+from training import train as training_module
+from training.resume import Start
+from training.state import NonFiniteLoss
+from training.train import Training
 
 CLASSES = 10
 
@@ -39,35 +44,52 @@ def one_hot(images, labels, rng):
     return images, F.one_hot(labels, CLASSES)
 
 
-def make_training(model, optimizer, accum_iter=1, **changes):
-    scaler = optim.build_scaler(False, "float16")
-    parts = {
+def make_training(batches, model=None, optimizer=None, accum_iter=1, **changes):
+    """A Training of plain SGD on these batches, which has a stand-in for a Run.
+
+    Args:
+        changes: of the stand-in, and seed, report_freq, batch_transform and no_sync.
+    """
+    model = model or make_model()
+    config = config_of("tiny")
+    config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER = len(batches[0][1]), accum_iter
+    config.SEED = changes.pop("seed", 0)
+    config.REPORT_FREQ = changes.pop("report_freq", 1000)
+    own = {name: changes.pop(name) for name in ("no_sync",) if name in changes}
+    own["batch_transform"] = changes.pop("batch_transform", one_hot)
+    run = {
+        "config": config,
         "model": model,
-        "updater": optim.Updater(optimizer, optimizer._learning_rate, scaler, optim.NoEMA(model)),
-        "batch_transform": one_hot,
-        "autocast": contextlib.nullcontext,
-        "no_sync": contextlib.nullcontext,
-        "accum_iter": accum_iter,
-        "seed": 0,
         "rank": 0,
-        "report_freq": 1000,
-        "report": lambda *args: None,
-        "after_step": lambda *args: None,
+        "world_size": 1,
+        "train_data": range(len(batches) * config.DATA.BATCH_SIZE),
+        "val_data": (),
+        "amp": False,
+        "autocast": contextlib.nullcontext,
+        "log": logging.getLogger("test"),
+        "metrics": types.SimpleNamespace(write=lambda **row: None),
+        "start": Start(),
     }
-    return engine.Training(**{**parts, **changes})
+    training = Training(types.SimpleNamespace(**{**run, **changes}))
+    training.optimizer = optimizer or make_optimizer(model)
+    schedule = training.optimizer._learning_rate
+    ema = optim.NoEMA(model)
+    training.updater = optim.Updater(training.optimizer, schedule, training.scaler, ema)
+    for name, value in own.items():
+        setattr(training, name, value)
+    return training
 
 
-def make_optimizer(model):
-    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 0.1)
+def make_optimizer(model, rate=0.1):
+    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: rate)
     return paddle.optimizer.SGD(schedule, parameters=model.parameters())
 
 
 def train(batches, accum_iter=1, **changes):
     """The model after one epoch of plain SGD."""
-    model = make_model()
-    training = make_training(model, make_optimizer(model), accum_iter, **changes)
-    engine.train_one_epoch(training, iter(batches), 1, len(batches))
-    return model, training
+    training = make_training(batches, accum_iter=accum_iter, **changes)
+    training.train_batches(batches, epoch=1)
+    return training.run.model, training
 
 
 def difference(first, second):
@@ -119,7 +141,7 @@ def test_the_model_runs_inside_autocast_and_the_loss_outside(monkeypatch):
     losses = []
     real_loss = F.cross_entropy
     monkeypatch.setattr(
-        engine.F,
+        training_module.F,
         "cross_entropy",
         lambda logits, *args, **kwargs: (
             losses.append((bool(inside), logits.dtype)) or real_loss(logits, *args, **kwargs)
@@ -127,7 +149,7 @@ def test_the_model_runs_inside_autocast_and_the_loss_outside(monkeypatch):
     )
     autocast = optim.build_autocast(True, "bfloat16")
     model, _ = train(make_batches(2, 2), autocast=autocast)
-    engine.validate(model, make_batches(1, 2), lambda x, y, rng: (x, y), autocast)
+    evaluate.validate(model, make_batches(1, 2), lambda x, y: (x, y), autocast)
     assert calls == [{"enable": True, "level": "O1", "dtype": "bfloat16"}] * 3
     assert losses == [(False, paddle.float32)] * 3
 
@@ -140,55 +162,33 @@ def test_the_host_reads_nothing_between_reports(monkeypatch):
             paddle.Tensor, name, lambda *args, real=real: reads.append(real) or real(*args)
         )
     at_report = []
-    train(make_batches(15, 2), report_freq=5, report=lambda *args: at_report.append(len(reads)))
-    # One read of the loss per report; the last one is that of the epoch's mean.  Paddle 2.6 reads
-    # once while the model is made.
-    assert at_report in ([1, 2, 3], [2, 3, 4])
-    assert len(reads) == at_report[-1] + 1
+    written = types.SimpleNamespace(write=lambda **row: at_report.append(len(reads)))
+    training = make_training(make_batches(15, 2), report_freq=5, metrics=written)
+    reads.clear()
+    training.train_batches(make_batches(15, 2), epoch=1)
+    # One read of the loss per report; then the epoch's mean, for a checkpoint and for the log.
+    assert at_report == [1, 2, 3]
+    assert len(reads) == at_report[-1] + 2
 
 
 def test_reports_give_the_mean_loss_since_the_last():
-    rows = []
-    batches = make_batches(5, 4)
-    model = make_model()
-    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 0.0)
-    optimizer = paddle.optimizer.SGD(schedule, parameters=model.parameters())
-    training = make_training(model, optimizer, report_freq=2, report=lambda *row: rows.append(row))
-    mean = engine.train_one_epoch(training, iter(batches), 1, 5)
+    rows, batches, model = [], make_batches(5, 4), make_model()
+    written = types.SimpleNamespace(write=lambda **row: rows.append(row))
+    optimizer = make_optimizer(model, rate=0.0)
+    training = make_training(batches, model, optimizer, report_freq=2, metrics=written)
+    mean = training.train_batches(batches, epoch=1)
     losses = [float(F.cross_entropy(model(x), y)) for x, y in batches]
-    assert [row[:2] for row in rows] == [(1, 2), (1, 4), (1, 5)]
+    assert [(row["epoch"], row["batch"]) for row in rows] == [(1, 2), (1, 4), (1, 5)]
     expected = [np.mean(losses[:2]), np.mean(losses[2:4]), losses[4]]
-    assert [row[2] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert [row["loss"] for row in rows] == pytest.approx(expected, abs=1e-6)
     assert mean == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_training():
     batches = make_batches(3, 2)
     batches[1][0][0] = float("nan")
-    with pytest.raises(engine.NonFiniteLoss, match="nan in epoch 1, at batch 2"):
+    with pytest.raises(NonFiniteLoss, match="nan in epoch 1, at batch 2"):
         train(batches, report_freq=1)
-
-
-def test_validation_is_exact_for_any_batches():
-    model = make_model()
-    images, labels = (paddle.concat(parts) for parts in zip(*make_batches(1, 37)))
-    logits = model(images).numpy()
-    order = np.argsort(-logits, axis=1)
-    hits = order == labels.numpy()[:, None]
-    for size in (1, 5, 37):
-        batches = [(images[i : i + size], labels[i : i + size]) for i in range(0, 37, size)]
-        scores = engine.validate(model, batches, lambda x, y, rng: (x, y), contextlib.nullcontext)
-        assert scores["images"] == 37
-        assert scores["acc1"] == 100 * hits[:, 0].sum() / 37
-        assert scores["acc5"] == 100 * hits[:, :5].sum() / 37
-        assert scores["loss"] == pytest.approx(float(F.cross_entropy(model(images), labels)))
-
-
-def test_top_k_counts_break_ties_by_class_and_count_no_nan():
-    logits = paddle.to_tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 2.0, 3.0]])
-    labels = paddle.to_tensor([0, 1, 0])
-    assert engine.top_k_counts(logits, labels, ks=(1, 2, 3, 9)).tolist() == [1, 2, 3, 3]
-    assert engine.top_k_counts(logits * float("nan"), labels, ks=(1, 2)).tolist() == [0, 0]
 
 
 @pytest.fixture
@@ -223,11 +223,12 @@ def test_an_overflow_skips_the_step_the_ema_and_the_learning_rate(scaler_on_cpu)
     batches = make_batches(3, 4)
     batches[1][0][0] = 1e38  # its gradients overflow
     training = make_training(
-        model, optimizer, updater=updater, batch_transform=transform,
+        batches, model, optimizer, batch_transform=transform,
         autocast=optim.build_autocast(True, "float16"),
     )  # fmt: skip
-    with pytest.raises(engine.NonFiniteLoss):
-        engine.train_one_epoch(training, iter(batches), 1, 3)
+    training.updater = updater
+    with pytest.raises(NonFiniteLoss):
+        training.train_batches(batches, epoch=1)
     before, after_good, after_bad = seen
     assert before == (0, pytest.approx(0.1), 0, 0)
     assert after_good[0] == 1 and after_good[1] == pytest.approx(0.05)
