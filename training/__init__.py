@@ -1,7 +1,6 @@
 """What decides a run's numbers: change it.
 
-The loop, the optimizer and its schedule, validation, and what a checkpoint means stand here, in the
-order in which a run meets them: run.py, train.py (or evaluate.py), optim.py, state.py.  A change
-here may change every result, so tests/test_exact.py and the golden vectors watch over it.  Files on
-disk are left to weights/, processes to ranks/.
+A run meets run.py, then train.py or evaluate.py, with optim.py for a step and state.py for what a
+checkpoint means.  A change here may change every result: the golden vectors, tests/test_exact.py
+and tests/test_faults.py watch over it.
 """

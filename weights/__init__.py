@@ -2,7 +2,7 @@
 
 A weight file is read without running code from it, a checkpoint is whole or not there, and weights
 go into a model all or none.  Change it only with tests/test_pdparams.py and tests/test_faults.py at
-hand, as what they promise is what nobody checks by eye.  Loads no Paddle before it needs it.
+hand: nobody checks by eye what they promise.
 
     from weights import assign_weights, load_weights, resample_weights
 """
