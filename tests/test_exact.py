@@ -17,6 +17,7 @@ from ranks import host
 host.prepare_cpu(host.local_ranks())
 from config import get_config, update_config
 from datasets import build_dataset
+from training.evaluate import validate_run
 from training.run import Run
 
 cfg, weights, output, combinations, *opts = sys.argv[1:]
@@ -32,7 +33,7 @@ for folder, batch, workers in json.loads(combinations):
         folder, batch, workers
     )
     run.val_data = build_dataset(config, train=False)
-    results.append(run.validate(run.model, ""))
+    results.append(validate_run(run, run.model, ""))
 if run.rank == 0:
     json.dump(results, open(output + "/results.json", "w"))
 """

@@ -14,6 +14,7 @@ from demo import finetune_demo
 from demo.make_digits import read_digits
 from tools import common
 from training import optim
+from training.resume import Start
 from training.run import Run, build_model
 from weights import checkpoint, pdparams
 
@@ -81,7 +82,7 @@ def test_a_frozen_model_has_no_dropout_and_only_its_head_gets_gradients():
 
 def test_freezing_without_pretrained_weights_is_warned_of():
     config = get_config()
-    for frozen, start, count in ((True, None, 1), (False, None, 0), (True, {"epoch": 1}, 0)):
+    for frozen, start, count in ((True, Start(), 1), (False, Start(), 0), (True, Start("a"), 0)):
         config.TRAIN.FREEZE_BACKBONE = frozen
         parts = SimpleNamespace(config=config, start=start, warnings=[])
         Run._load_pretrained(parts)

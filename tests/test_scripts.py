@@ -87,7 +87,7 @@ def test_every_part_can_be_set_from_the_environment(recorder, tmp_path):
 @pytest.mark.parametrize(
     "script, variable, value, parts",
     [
-        ("run_train_multi.sh", "DATA_PATH", "/nowhere", ["/nowhere/train_list.txt", "DATA_PATH"]),
+        ("run_train_multi.sh", "DATA_PATH", "/nowhere", ["/nowhere/val_list.txt", "DATA_PATH"]),
         ("run_eval_multi.sh", "DATA_PATH", "/nowhere", ["/nowhere/val_list.txt", "DATA_PATH"]),
         ("run_train_multi.sh", "PRETRAINED", "/nowhere/x", ["/nowhere/x does not exist"]),
         ("run_eval_multi.sh", "PRETRAINED", "/nowhere/x", ["/nowhere/x does not exist"]),
