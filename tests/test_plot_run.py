@@ -1,11 +1,14 @@
 """tools/plot_run.py as its users run it: runs that are killed, resumed, damaged, compared."""
 
 import json
+import os
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
-from program import ROOT, run
+from program import ROOT, run, run_tool
 
 from tools import common, plot_run
 
@@ -203,6 +206,22 @@ def test_a_disk_that_fills_up_is_status_1_and_leaves_the_old_picture(
     assert capsys.readouterr().err.endswith(
         f": {output}: cannot be written: No space left on device\n"
     )
+    assert output.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_sigterm_leaves_the_old_picture_and_no_other_file(metrics, tmp_path, monkeypatch):
+    output = tmp_path / "a.png"
+    output.write_text("old")
+
+    def end(figure, path, **kwargs):
+        Path(path).write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where the tool does not listen to it
+    monkeypatch.setattr(plot_run.import_pyplot().Figure, "savefig", end)
+    result = run_tool(plot_run, metrics, "-output", output)
+    signal.signal(signal.SIGTERM, before)
+    assert result.status == 143
     assert output.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 

@@ -28,6 +28,10 @@ class Failed(Exception):
     """What went wrong while running, in one sentence: exit status 1."""
 
 
+class NoRows(UserError):
+    """A run's folder has nothing of a training, or nothing yet."""
+
+
 def run(parser, work, argv=None):
     """Runs a tool.  An error is one sentence on stderr, `tool: path: what is wrong`.
 
@@ -117,6 +121,34 @@ class Tally:
         tqdm.write(f"{self._prefix}{sentence}", file=getattr(sys, self._stream))
 
 
+def metrics_path(run):
+    """The metrics.jsonl of a run, which is named by its folder or by that file itself."""
+    return os.path.join(run, "metrics.jsonl") if os.path.isdir(run) else run
+
+
+def read_run(run):
+    """The rows of a run's training; see read_metrics.
+
+    Args:
+        run: the run's folder, or the metrics.jsonl in it.
+
+    Raises:
+        NoRows: there is no training in it, or nothing of it yet.
+        UserError: a line is damaged.
+        OSError: it cannot be read.
+    """
+    path = metrics_path(run)
+    if path != run and not os.path.exists(path):
+        raise NoRows(f"{run}: there is no metrics.jsonl: give the folder of a run")
+    rows = read_metrics(path)
+    if not rows:
+        raise NoRows(
+            f"{path}: there are no rows of a training: nothing was reported yet, or this is of an "
+            "evaluation alone"
+        )
+    return rows
+
+
 def read_metrics(path):
     """The rows of a training's `metrics.jsonl`, without those that the run wrote again.
 
@@ -128,7 +160,7 @@ def read_metrics(path):
         list of dicts, from the first place to the last; see metrics_place.
 
     Raises:
-        ValueError: a line is damaged; the sentence begins with `path:line`.
+        UserError: a line is damaged; the sentence begins with `path:line`.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
@@ -139,7 +171,7 @@ def read_metrics(path):
             row = json.loads(line)
             place = metrics_place(row)
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: this line is no row of a metrics.jsonl: take the line out, or "
                 "take the file that the run wrote"
             ) from None

@@ -10,6 +10,7 @@ counts once, as it was last.  -output is replaced where it exists.  Needs matplo
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def build_parser():
 
 def work(args):
     """Plots what the arguments say."""
+    signal.signal(signal.SIGTERM, common.leave)  # so that a temporary file goes
     check_output(args.output)
     if args.names and len(args.names) != len(args.runs):
         raise ConfigError(
@@ -119,27 +121,13 @@ def read_run(path):
         (epochs, steps, value); epochs are fractions, or None where no epoch was finished.
 
     Raises:
-        ConfigError: there is no training in it, or a damaged line.
-        OSError: it cannot be read.
+        UserError, OSError: as common.read_run.
     """
-    if os.path.isdir(path):
-        folder, path = path, os.path.join(path, "metrics.jsonl")
-        if not os.path.exists(path):
-            raise ConfigError(f"{folder}: there is no metrics.jsonl: give the folder of a run")
-    try:
-        rows = common.read_metrics(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if not rows:
-        raise ConfigError(
-            f"{path}: there are no rows of a training: nothing was reported yet, or this is of an "
-            "evaluation alone"
-        )
-    return curves(rows)
+    return curves(common.read_run(path))
 
 
 def curves(rows):
-    """The curves of the rows of metrics.read_metrics; see read_run."""
+    """The curves of the rows of common.read_run; see read_run."""
     reports, ends = {}, {}  # by epoch
     for row in rows:
         if row["kind"] == "train":
