@@ -1,6 +1,6 @@
 """Say what a demo run reached: its training's and its evaluation's accuracy have to agree.
 
-python tools/demo_summary.py output/demo-20260101-120000-1234
+python demo/demo_summary.py output/demo-20260101-120000-1234
 """
 
 import argparse

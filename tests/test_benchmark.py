@@ -1,4 +1,4 @@
-"""tools/benchmark.py: what it asks, in which order, and what it makes of the answers; no timing."""
+"""tools/benchmark: what it asks, in which order, and what it makes of the answers; no timing."""
 
 import json
 import os
