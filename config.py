@@ -10,10 +10,11 @@ are marked "new".
 import ast
 import contextlib
 import difflib
+import functools
 import os
 import sys
 import warnings
-from collections import namedtuple
+from typing import NamedTuple, Optional, Union
 
 import yaml
 from yacs.config import CfgNode
@@ -24,33 +25,27 @@ _NO_LIMIT = sys.float_info.max  # so that infinity and NaN are refused
 _ABOVE_0 = 5e-324  # the smallest float
 _ANY = "any"  # length of a list that is not empty
 
-# A key's default, its type (of the items, for a list), whether None is allowed, the smallest and
-# largest value (both allowed), the only values allowed, and for a list its length or _ANY.
-_Key = namedtuple("_Key", "default kind none low high choices length")
+
+class _Key(NamedTuple):
+    """A configuration key: its default, and what it takes besides."""
+
+    default: object
+    low: Optional[float] = None  # the smallest value
+    high: float = _NO_LIMIT  # the largest value
+    none: bool = False  # whether None is allowed
+    choices: tuple = ()  # the only values, where there are any
+    length: Union[int, str, None] = None  # of a list, or _ANY; None: one value
+    kind: type = float  # of the value, or of a list's items
 
 
-def _whole(default, low, high=_NO_LIMIT, none=False):
-    return _Key(default, int, none, low, high, None, None)
+_real = _Key
+_whole = functools.partial(_Key, kind=int)
+_text = functools.partial(_Key, kind=str)
+_switch = functools.partial(_Key, kind=bool)
 
 
-def _real(default, low, high=_NO_LIMIT, none=False):
-    return _Key(default, float, none, low, high, None, None)
-
-
-def _reals(default, length, low, high=_NO_LIMIT, none=False):
-    return _Key(default, float, none, low, high, None, length)
-
-
-def _text(default, none=False, choices=None):
-    return _Key(default, str, none, None, None, choices, None)
-
-
-def _texts(default, none=False):
-    return _Key(default, str, none, None, None, None, _ANY)
-
-
-def _switch(default):
-    return _Key(default, bool, False, None, None, None, None)
+def _reals(default, length, *limits, **options):
+    return _Key(default, *limits, length=length, **options)
 
 
 # fmt: off
@@ -113,7 +108,7 @@ _KEYS = {
     "TRAIN.RAND_AUGMENT_LAYERS": _whole(2, 0, 100),  # operators drawn per image
     "TRAIN.RAND_AUGMENT_MAGNITUDE": _real(9, 0, 10),
     # new: the operators that it draws from, names of augment.py's OPERATORS; None: timm's 15
-    "TRAIN.RAND_AUGMENT_OPERATORS": _texts(None, none=True),
+    "TRAIN.RAND_AUGMENT_OPERATORS": _text(None, none=True, length=_ANY),
     "TRAIN.CROP_SCALE": _reals([0.08, 1.0], 2, _ABOVE_0, 1),  # new: random crop / image, by area
     "TRAIN.CROP_RATIO": _reals([3 / 4, 4 / 3], 2, _ABOVE_0),  # new: random crop, width / height
     "TRAIN.HFLIP": _real(0.5, 0, 1),  # new: probability of a horizontal flip
@@ -227,18 +222,6 @@ def update_config(config, args):
     return config
 
 
-def known_keys():
-    """Every key's full name, such as `DATA.BATCH_SIZE`."""
-    return list(_KEYS)
-
-
-def get_value(config, key):
-    """The value of a full key such as `DATA.BATCH_SIZE`."""
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
 def _defaults():
     config = CfgNode({"BASE": [""]})  # YAML files to load first, relative to this one; "" is none
     for key, spec in _KEYS.items():
@@ -281,9 +264,7 @@ def _read_yaml(path, name):
         raise ConfigError(f"{name}: this config file is larger than {_YAML_LIMIT:,} characters")
     try:
         tree = yaml.safe_load(text)
-    except (
-        Exception
-    ) as error:  # of any type: what is no date is a ValueError, depth a RecursionError
+    except Exception as error:  # such as ValueError for a wrong date, RecursionError for depth
         raise ConfigError(f"{name}: this is not valid YAML: {cause(error)}") from error
     if tree is None:
         return {}

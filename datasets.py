@@ -91,12 +91,8 @@ class ImageList(ImageSource):
         start = self._ends[index - 1] if index else 0
         return os.path.join(self.root, self._paths[start : self._ends[index]].decode())
 
-    def line_number(self, index):
-        """The line of an image in the list file."""
-        return int(self._numbers[index])
-
     def place(self, index):
-        return f"{self.name}:{self.line_number(index)}"
+        return f"{self.name}:{self._numbers[index]}"
 
     def _lines(self):
         """(number, stripped bytes) of every line that is not blank; the start of one too long."""
@@ -135,10 +131,6 @@ class ImageDataset(paddle.io.Dataset):
     def __init__(self, images, transform, seed):
         super().__init__()
         self.images, self.transform, self.seed = images, transform, seed
-
-    @property
-    def name(self):
-        return self.images.name
 
     def __len__(self):
         return len(self.images)

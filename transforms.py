@@ -177,7 +177,7 @@ def _inside(boxes, height, width):
     return paddle.logical_and(rows, columns)
 
 
-def draw_erasing(rng, batch, height, width, prob, count=1, split=False):
+def draw_erasing(rng, batch, size, prob, count=1, split=False):
     """Draw the boxes that random erasing fills (arXiv 1708.04896).
 
     An image is erased with probability `prob`, in 1 to `count` boxes. Together they have 2% to 33%
@@ -191,11 +191,12 @@ def draw_erasing(rng, batch, height, width, prob, count=1, split=False):
     for i in range(batch // 2 if split else 0, batch):
         if rng.random() < prob:
             number = rng.integers(1, count + 1)
-            boxes[i, :number] = [_erased_box(rng, height, width, number) for _ in range(number)]
+            boxes[i, :number] = [_erased_box(rng, size, number) for _ in range(number)]
     return boxes
 
 
-def _erased_box(rng, height, width, number):
+def _erased_box(rng, size, number):
+    height, width = size
     for _ in range(10):
         area = rng.uniform(0.02, 1 / 3) * height * width / number
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -320,77 +321,47 @@ def soft_targets(labels, num_classes, smoothing=0.0, lam=None):
 
 
 class BatchTransform:
-    """Turn a loader's batch into the model's input and the loss's targets.
+    """Turns a loader's batch into the model's input and the loss's targets.
 
-    Args:
-        mean, std: per channel, where 1 is full intensity.
-        num_classes: None leaves labels as they are (evaluation).
-        smoothing: see `soft_targets`.
-        erasing: None, or a dict of `draw_erasing`'s prob, count and split, and `erase`'s mode.
-        mixing: None, or a dict of `draw_mix`'s arguments from mixup_alpha on.
+    Evaluation only normalizes.  Training erases where TRAIN.RANDOM_ERASE_PROB is above 0, mixes
+    where MIXUP_PROB is and one of MIXUP_ALPHA, CUTMIX_ALPHA and CUTMIX_MINMAX is on, and smooths
+    the labels by SMOOTHING.
     """
 
-    def __init__(self, mean, std, num_classes=None, smoothing=0.0, erasing=None, mixing=None):
-        self.mean = paddle.to_tensor(mean, dtype="float32")
-        self.std = paddle.to_tensor(std, dtype="float32")
-        self.num_classes, self.smoothing = num_classes, smoothing
-        self.erasing, self.mixing = erasing, mixing
+    def __init__(self, config, train):
+        self.mean = paddle.to_tensor(config.DATA.IMAGENET_MEAN, dtype="float32")
+        self.std = paddle.to_tensor(config.DATA.IMAGENET_STD, dtype="float32")
+        self.num_classes = config.MODEL.NUM_CLASSES
+        self.options = config.TRAIN if train else None
 
     def __call__(self, images, labels, rng=None):
-        """Normalize, erase, mix.
+        """Normalizes, erases, mixes.
 
         Args:
             images: uint8 Tensor [batch, height, width, channels].
             labels: int64 Tensor [batch].
-            rng: numpy Generator, for erasing and mixing.
+            rng: numpy Generator, for training's erasing and mixing.
 
         Returns:
-            float32 Tensor [batch, channels, height, width]; labels or float32 [batch, num_classes].
+            float32 Tensor [batch, channels, height, width]; labels, or for training float32
+            [batch, num_classes].
         """
         batch, height, width, _ = images.shape
-        images, lam = normalize(images, self.mean, self.std), None
-        if self.erasing:
-            options = dict(self.erasing)
-            mode = options.pop("mode")
-            images = erase(images, draw_erasing(rng, batch, height, width, **options), mode)
-        if self.mixing:
-            mix = draw_mix(rng, batch, (height, width), **self.mixing)
-            images, lam = mix_images(images, mix), mix.lam
-        if self.num_classes is None:
+        images, lam, options = normalize(images, self.mean, self.std), None, self.options
+        if options is None:
             return images, labels
-        return images, soft_targets(labels, self.num_classes, self.smoothing, lam)
-
-
-def build_batch_transform(config, train):
-    """The BatchTransform that `config` asks for; for evaluation it only normalizes.
-
-    It erases where TRAIN.RANDOM_ERASE_PROB is above 0, and mixes where MIXUP_PROB is and one of
-    MIXUP_ALPHA, CUTMIX_ALPHA and CUTMIX_MINMAX is on.
-    """
-    mean, std, options = config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD, config.TRAIN
-    if not train:
-        return BatchTransform(mean, std)
-    erasing = {
-        "prob": options.RANDOM_ERASE_PROB,
-        "count": options.RANDOM_ERASE_COUNT,
-        "split": options.RANDOM_ERASE_SPLIT,
-        "mode": options.RANDOM_ERASE_MODE,
-    }
-    mixing = {
-        "mixup_alpha": options.MIXUP_ALPHA,
-        "cutmix_alpha": options.CUTMIX_ALPHA,
-        "minmax": options.CUTMIX_MINMAX,
-        "prob": options.MIXUP_PROB,
-        "switch_prob": options.MIXUP_SWITCH_PROB,
-        "mode": options.MIXUP_MODE,
-    }
-    if options.MIXUP_ALPHA <= 0 and options.CUTMIX_ALPHA <= 0 and options.CUTMIX_MINMAX is None:
-        mixing = None
-    return BatchTransform(
-        mean,
-        std,
-        config.MODEL.NUM_CLASSES,
-        options.SMOOTHING,
-        erasing if options.RANDOM_ERASE_PROB > 0 else None,
-        mixing if options.MIXUP_PROB > 0 else None,
-    )
+        if options.RANDOM_ERASE_PROB > 0:
+            boxes = draw_erasing(
+                rng, batch, (height, width), prob=options.RANDOM_ERASE_PROB,
+                count=options.RANDOM_ERASE_COUNT, split=options.RANDOM_ERASE_SPLIT,
+            )  # fmt: skip
+            images = erase(images, boxes, options.RANDOM_ERASE_MODE)
+        mixes = options.MIXUP_ALPHA or options.CUTMIX_ALPHA or options.CUTMIX_MINMAX
+        if mixes and options.MIXUP_PROB > 0:
+            mix = draw_mix(
+                rng, batch, (height, width), options.MIXUP_ALPHA, options.CUTMIX_ALPHA,
+                minmax=options.CUTMIX_MINMAX, prob=options.MIXUP_PROB,
+                switch_prob=options.MIXUP_SWITCH_PROB, mode=options.MIXUP_MODE,
+            )  # fmt: skip
+            images, lam = mix_images(images, mix), mix.lam
+        return images, soft_targets(labels, self.num_classes, options.SMOOTHING, lam)

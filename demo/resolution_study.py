@@ -126,7 +126,7 @@ def accuracy(config, size, weights, title):
     from datasets import EvalSampler, build_dataset
     from ranks.loader import build_loader
     from training.evaluate import validate
-    from transforms import build_batch_transform
+    from transforms import BatchTransform
     from weights import assign_weights
 
     config = config.clone()
@@ -136,7 +136,7 @@ def accuracy(config, size, weights, title):
     images = build_dataset(config, train=False)
     sampler = EvalSampler(len(images), config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE, 0, 1)
     workers = host.choose_workers(config.DATA.NUM_WORKERS, on_gpu=False)
-    transform = build_batch_transform(config, train=False)
+    transform = BatchTransform(config, train=False)
     with contextlib.closing(build_loader(images, sampler, workers, size)) as batches:
         bar = progress_bar(batches, len(sampler), title)
         return validate(model, bar, transform, contextlib.nullcontext)["acc1"]

@@ -29,14 +29,9 @@ def init_distributed():
     return dist.get_rank(), ranks
 
 
-def is_parallel():
-    """Whether this process has joined other ranks."""
-    return dist.is_initialized()
-
-
 def all_reduce_sum(tensor):
     """The sum of a tensor over all ranks, in place."""
-    if is_parallel():
+    if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
@@ -66,7 +61,7 @@ class MeanMeter:
 
 def all_reduce_max(number):
     """The largest of the ranks' integers."""
-    if not is_parallel():
+    if not dist.is_initialized():
         return number
     tensor = paddle.to_tensor(number, dtype="int64")
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -75,7 +70,7 @@ def all_reduce_max(number):
 
 def broadcast_object(value):
     """Rank 0's picklable value, on every rank."""
-    if not is_parallel():
+    if not dist.is_initialized():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)

@@ -9,6 +9,7 @@ largest memory in MB.
 """
 
 import json
+import operator
 import os
 import random
 import re
@@ -298,7 +299,7 @@ class Lists:
         lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         dataset = self.datasets.ImageDataset(images, None, 0)
         for index in {0, len(images) - 1, rng.randrange(len(images))}:
-            name, label = lines[images.line_number(index) - 1].rsplit(None, 1)
+            name, label = lines[int(images.place(index).rsplit(":")[-1]) - 1].rsplit(None, 1)
             assert images.image_path(index) == os.path.join(self.folder, name.strip().decode())
             assert int(label) == images.labels[index]
             try:
@@ -317,8 +318,8 @@ class Yaml:
 
         self.folder, self.config = folder, config
         default = config.get_config()
-        self.keys = config.known_keys()
-        self.defaults = {key: config.get_value(default, key) for key in self.keys}
+        self.keys = list(config._KEYS)
+        self.defaults = {key: operator.attrgetter(key)(default) for key in self.keys}
         self.real = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         self.real.append(default.dump().encode())
 

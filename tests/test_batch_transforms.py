@@ -44,9 +44,11 @@ def box_share(boxes, size=(HEIGHT, WIDTH)):
 def test_normalizing_puts_channels_first_and_scales_each(default):
     images, _ = draw_uint8()
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    config = make_config()
+    config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD = mean, std
     paddle.set_default_dtype(default)
     try:
-        result, _ = transforms.BatchTransform(mean, std)(paddle.to_tensor(images), None)
+        result, _ = transforms.BatchTransform(config, train=False)(paddle.to_tensor(images), None)
     finally:
         paddle.set_default_dtype("float32")
     assert result.dtype == paddle.float32
@@ -58,7 +60,7 @@ def test_normalizing_puts_channels_first_and_scales_each(default):
 
 
 def test_erased_boxes_have_the_published_areas_aspects_and_places():
-    boxes = transforms.draw_erasing(np.random.default_rng(0), 4000, 224, 224, prob=0.25)
+    boxes = transforms.draw_erasing(np.random.default_rng(0), 4000, (224, 224), prob=0.25)
     assert boxes.shape == (4000, 1, 4) and boxes.dtype == np.int64
     boxes = boxes[:, 0][box_share(boxes[:, 0]) > 0]
     assert abs(len(boxes) / 4000 - 0.25) < 0.02
@@ -73,7 +75,7 @@ def test_erased_boxes_have_the_published_areas_aspects_and_places():
 
 
 def test_several_boxes_share_the_area_of_one():
-    boxes = transforms.draw_erasing(np.random.default_rng(0), 3000, 224, 224, prob=1.0, count=3)
+    boxes = transforms.draw_erasing(np.random.default_rng(0), 3000, (224, 224), prob=1.0, count=3)
     share = box_share(boxes, (224, 224))
     number = (share > 0).sum(axis=1)
     assert np.allclose(np.bincount(number) / 3000, [0, 1 / 3, 1 / 3, 1 / 3], atol=0.03)
@@ -84,16 +86,16 @@ def test_several_boxes_share_the_area_of_one():
 
 
 def test_a_box_that_would_span_a_side_is_left_out():
-    boxes = transforms.draw_erasing(np.random.default_rng(0), 200, 4, 300, prob=1.0)[:, 0]
+    boxes = transforms.draw_erasing(np.random.default_rng(0), 200, (4, 300), prob=1.0)[:, 0]
     assert (boxes[:, 2] - boxes[:, 0]).max() == 3
     assert 5 < (boxes == 0).all(axis=1).sum() < 195
-    boxes = transforms.draw_erasing(np.random.default_rng(0), 50, 1, 300, prob=1.0)
+    boxes = transforms.draw_erasing(np.random.default_rng(0), 50, (1, 300), prob=1.0)
     assert (box_share(boxes, (1, 300)) == 0).all()
 
 
 def test_a_probability_of_zero_erases_nothing_and_split_keeps_half():
-    assert not transforms.draw_erasing(np.random.default_rng(0), 50, 32, 32, prob=0.0).any()
-    boxes = transforms.draw_erasing(np.random.default_rng(0), 51, 32, 32, prob=1.0, split=True)
+    assert not transforms.draw_erasing(np.random.default_rng(0), 50, (32, 32), prob=0.0).any()
+    boxes = transforms.draw_erasing(np.random.default_rng(0), 51, (32, 32), prob=1.0, split=True)
     assert not boxes[:25].any() and boxes[25:].any(axis=(1, 2)).all()
 
 
@@ -101,7 +103,7 @@ def test_a_probability_of_zero_erases_nothing_and_split_keeps_half():
 @pytest.mark.parametrize("count", [1, 3])
 def test_erasing_fills_its_boxes_and_nothing_else(mode, count):
     images = draw_float()
-    boxes = transforms.draw_erasing(np.random.default_rng(1), BATCH, HEIGHT, WIDTH, 0.8, count)
+    boxes = transforms.draw_erasing(np.random.default_rng(1), BATCH, (HEIGHT, WIDTH), 0.8, count)
     boxes[0, 0] = 0, 0, HEIGHT, WIDTH  # to every edge
     boxes[1] = 0
     paddle.seed(3)
@@ -299,7 +301,7 @@ def make_config(**train):
 
 def run(config, seed=0, train=True, batch=BATCH):
     images, labels = draw_uint8(batch)
-    transform = transforms.build_batch_transform(config, train)
+    transform = transforms.BatchTransform(config, train)
     paddle.seed(seed)
     rng = np.random.default_rng(seed)
     return transform(paddle.to_tensor(images), paddle.to_tensor(labels), rng)
@@ -353,7 +355,7 @@ def test_erasing_comes_after_normalizing_and_before_mixing():
     images, labels = draw_uint8()
     images = ((images / np.float32(255) - 0.5) / 0.5).transpose(0, 3, 1, 2).astype(np.float32)
     rng = np.random.default_rng(0)
-    for i, boxes in enumerate(transforms.draw_erasing(rng, BATCH, HEIGHT, WIDTH, 0.7, 2)):
+    for i, boxes in enumerate(transforms.draw_erasing(rng, BATCH, (HEIGHT, WIDTH), 0.7, 2)):
         for top, left, bottom, right in boxes:
             images[i, :, top:bottom, left:right] = 0
     mix = transforms.draw_mix(rng, BATCH, (HEIGHT, WIDTH), 0.3, 0.7, None, 0.9, 0.4, "elem")

@@ -1,5 +1,6 @@
 """Configuration: PaddleViT's keys and files, the order of what wins, errors in one sentence."""
 
+import operator
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,7 @@ import yaml
 from program import ROOT
 
 import config as config_module
-from config import ConfigError, get_config, get_value, update_config
+from config import ConfigError, get_config, update_config
 from gmlp import build_gmlp
 from training import optim
 
@@ -126,7 +127,7 @@ def typed(values):
 
 
 def values(config, keys):
-    return {key: get_value(config, key) for key in keys}
+    return {key: operator.attrgetter(key)(config) for key in keys}
 
 
 def refusal(function, *arguments, **options):
@@ -286,12 +287,12 @@ def test_base_files_are_relative_to_their_own_file_and_may_be_nested_or_shared(t
     ],
 )
 def test_each_flag_sets_its_key_and_nothing_where_it_is_not_given(tmp_path, flag, value, key):
-    other = {"SEED": 5, "EVAL": True, "AMP": True}.get(key, get_value(get_config(), key))
+    other = {"SEED": 5, "EVAL": True, "AMP": True}.get(key, operator.attrgetter(key)(get_config()))
     path = write(tmp_path, text="SEED: 5\nEVAL: True\nAMP: True")
-    assert get_value(update(cfg=str(path), **{flag: value}), key) == value
-    assert get_value(update(cfg=str(path), **{flag: None}), key) == other
+    assert operator.attrgetter(key)(update(cfg=str(path), **{flag: value})) == value
+    assert operator.attrgetter(key)(update(cfg=str(path), **{flag: None})) == other
     if isinstance(value, bool):
-        assert get_value(update(cfg=str(path), **{flag: False}), key) is other
+        assert operator.attrgetter(key)(update(cfg=str(path), **{flag: False})) is other
 
 
 def test_the_batch_size_flag_also_sets_evaluations_unless_it_has_its_own():
@@ -321,7 +322,7 @@ def test_the_batch_size_flag_also_sets_evaluations_unless_it_has_its_own():
     ],
 )
 def test_opts_are_read_in_the_keys_type(key, text, value):
-    result = get_value(update(opts=[key, text]), key)
+    result = operator.attrgetter(key)(update(opts=[key, text]))
     assert (type(result), result) == (type(value), value)
 
 

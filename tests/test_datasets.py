@@ -108,7 +108,7 @@ def test_lines_are_read_however_they_were_written(tmp_path, content, expected):
     for index, (path, label, line) in enumerate(expected):
         assert images.image_path(index) == str(tmp_path / path)
         assert images.labels[index] == label
-        assert images.line_number(index) == line
+        assert images.place(index).endswith(f":{line}")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_all_wrong_lines_can_be_collected_and_the_others_keep_their_numbers(tmp_
     images = ImageList(str(tmp_path), "val_list.txt", 10, wrong.append)
     start = len(f"{tmp_path}/val_list.txt:")
     assert [int(message[start:].split(":")[0]) for message in wrong] == [2, 3, 4, 6, 7]
-    assert [images.line_number(index) for index in range(len(images))] == [1, 8]
+    assert [images.place(index).rsplit(":")[-1] for index in range(len(images))] == ["1", "8"]
     assert images.image_path(1) == str(tmp_path / "e.JPEG") and images.labels.tolist() == [0, 9]
     (tmp_path / "val_list.txt").write_bytes(b"only wrong lines")
     assert len(ImageList(str(tmp_path), "val_list.txt", 10, wrong.append)) == 0
@@ -454,7 +454,7 @@ def test_another_format_is_a_source_and_an_entry_in_the_table(tmp_path, monkeypa
     dataset = build_dataset(config, train=False)
     pixels, label = dataset[0, 0]
     assert pixels.shape == (SIZE, SIZE, 3) and label == 0
-    assert (dataset.name, len(dataset)) == (str(tmp_path), 2)
+    assert (dataset.images.name, len(dataset)) == (str(tmp_path), 2)
     assert refusal(dataset.read, 1).startswith(f"cannot read {tmp_path / 'b.png'}: ")
 
 

@@ -14,7 +14,7 @@ from config import ConfigError, get_config
 from tools import export
 from training import inference
 from training.run import build_model
-from transforms import build_batch_transform, build_transform
+from transforms import BatchTransform, build_transform
 from utils import new_folder
 from weights import pdparams
 from weights.checkpoint import assign_weights, load_weights
@@ -79,7 +79,7 @@ def expected(small, weights, photos):
     transform = build_transform(config, train=False)
     paths = sorted(photos.glob("*.png"))
     pixels = np.stack([transform(Image.open(path).convert("RGB")) for path in paths])
-    images, _ = build_batch_transform(config, train=False)(paddle.to_tensor(pixels), None)
+    images, _ = BatchTransform(config, train=False)(paddle.to_tensor(pixels), None)
     with paddle.no_grad():
         probabilities = paddle.nn.functional.softmax(model(images)).numpy()
     assert np.ptp(probabilities, axis=0).max() > 0.1  # so that a mix-up would show

@@ -8,6 +8,7 @@ import pytest
 from golden import build, draw_images, load
 from program import SMALL, metrics, run_program
 
+from config import get_config
 from training import optim
 from transforms import BatchTransform
 
@@ -47,7 +48,9 @@ def test_mixed_precision_computes_in_its_type(dtype):
 def test_a_batch_is_normalized():
     images = np.random.default_rng(0).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    result, _ = BatchTransform(mean, std)(paddle.to_tensor(images), None)
+    config = get_config()
+    config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD = mean, std
+    result, _ = BatchTransform(config, train=False)(paddle.to_tensor(images), None)
     expected = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(result.numpy(), expected, atol=2e-6)
 

@@ -22,7 +22,7 @@ from ranks.loader import build_loader
 from tools import make_lists, predict, sheet
 from training import evaluate
 from training.run import build_model
-from transforms import build_batch_transform
+from transforms import BatchTransform
 from weights import pdparams
 from weights.checkpoint import assign_weights, load_weights
 
@@ -88,7 +88,7 @@ def test_the_probabilities_are_those_of_the_evaluation(model, predicted, few_dig
     data = build_dataset(config, train=False)
     batches, seen = build_loader(data, EvalSampler(len(data), 16, 0, 1), 0, 28), []
     network.register_forward_post_hook(lambda _, images, logits: seen.append(F.softmax(logits)))
-    transform = build_batch_transform(config, train=False)
+    transform = BatchTransform(config, train=False)
     scores = evaluate.validate(network, batches, transform, contextlib.nullcontext)
     expected = paddle.concat(seen).numpy()
 

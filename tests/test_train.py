@@ -44,19 +44,15 @@ def one_hot(images, labels, rng):
     return images, F.one_hot(labels, CLASSES)
 
 
-def make_training(batches, model=None, optimizer=None, accum_iter=1, **changes):
-    """A Training of plain SGD on these batches, which has a stand-in for a Run.
-
-    Args:
-        changes: of the stand-in, and seed, report_freq, batch_transform and no_sync.
-    """
+def make_training(
+    batches, model=None, optimizer=None, accum_iter=1, seed=0, report_freq=1000,
+    batch_transform=one_hot, no_sync=contextlib.nullcontext, **parts,
+):  # fmt: skip
+    """A Training of plain SGD on these batches; `parts` are those of its stand-in for a Run."""
     model = model or make_model()
     config = config_of("tiny")
     config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER = len(batches[0][1]), accum_iter
-    config.SEED = changes.pop("seed", 0)
-    config.REPORT_FREQ = changes.pop("report_freq", 1000)
-    own = {name: changes.pop(name) for name in ("no_sync",) if name in changes}
-    own["batch_transform"] = changes.pop("batch_transform", one_hot)
+    config.SEED, config.REPORT_FREQ = seed, report_freq
     run = {
         "config": config,
         "model": model,
@@ -70,13 +66,12 @@ def make_training(batches, model=None, optimizer=None, accum_iter=1, **changes):
         "metrics": types.SimpleNamespace(write=lambda **row: None),
         "start": Start(),
     }
-    training = Training(types.SimpleNamespace(**{**run, **changes}))
+    training = Training(types.SimpleNamespace(**{**run, **parts}))
+    training.batch_transform, training.no_sync = batch_transform, no_sync
     training.optimizer = optimizer or make_optimizer(model)
     schedule = training.optimizer._learning_rate
     ema = optim.NoEMA(model)
     training.updater = optim.Updater(training.optimizer, schedule, training.scaler, ema)
-    for name, value in own.items():
-        setattr(training, name, value)
     return training
 
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from program import ROOT, run_tool
 
-from config import get_config
+import main_multi_gpu
+from config import get_config, update_config
 from gmlp import Sizes, build_gmlp
 from tools import export, plot_gates, port_weights, predict
 from tools.model_table import count_multiply_adds
@@ -54,6 +55,10 @@ def model_of(variant):
     return model
 
 
+def shapes_of(model):
+    return {name: param.shape for name, param in model.state_dict().items()}
+
+
 def test_its_sizes_are_found_in_its_weights(variant):
     model = model_of(variant)
     found = Sizes.from_weights(load_weights(variant[1]))
@@ -73,14 +78,9 @@ def test_port_weights_takes_it_to_timm_and_back_bit_for_bit(variant, tmp_path):
 def test_the_flags_that_port_weights_prints_build_it(variant, tmp_path):
     result = run_tool(port_weights, variant[1], tmp_path / "a.safetensors").check()
     words = result.out.splitlines()[-1].removeprefix("the model: ").split()
-    words[1] = ROOT / words[1]
-    flags, _, opts = " ".join(map(str, words)).partition(" -opts ")
-    args = [*flags.split(), "-topk", 1, "-pretrained", variant[1], PHOTO]
-    if not opts:
-        run_tool(predict, *args).check()
-    sizes = Sizes.from_weights(load_weights(variant[1]))
-    for word, value in zip(opts.split()[::2], opts.split()[1::2]):
-        assert f"{value}" in map(str, sizes), word
+    args = main_multi_gpu.build_parser().parse_args(["-cfg", str(ROOT / words[1]), *words[2:]])
+    built, wanted = build_gmlp(update_config(get_config(), args)), model_of(variant)
+    assert shapes_of(built) == shapes_of(wanted)
 
 
 def test_plot_gates_draws_it(variant, tmp_path):

@@ -209,7 +209,7 @@ def repeated(lists):
         yield (
             f"{images.place(index)}: warning: "
             f"{show_path(images.image_path(index))}: this image is already in "
-            f"{os.path.basename(earlier.name)}:{earlier.line_number(earlier_index)}{other}"
+            f"{os.path.basename(earlier.place(earlier_index))}{other}"
         )
 
 

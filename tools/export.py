@@ -269,9 +269,9 @@ def compare(model, engines, config, preprocess, paths, tally):
     import numpy as np
     import paddle
 
-    from transforms import build_batch_transform
+    from transforms import BatchTransform
 
-    transform = build_batch_transform(config, train=False)
+    transform = BatchTransform(config, train=False)
     count, gaps = 0, dict.fromkeys(engines, 0.0)
     bar = progress_bar(None, len(paths), unit="image")
     with bar, contextlib.closing(read_batches(config, paths, tally)) as batches:

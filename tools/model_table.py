@@ -8,28 +8,52 @@ gates' spatial projections are linear layers); LayerNorm, GELU and sums are left
 """
 
 import argparse
+import math
 import sys
-import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-warnings.filterwarnings("ignore", message="No ccache found")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
-import paddle  # noqa: E402
-from paddle import nn  # noqa: E402
+from config import get_config
+from tools import common
 
-from config import get_config  # noqa: E402
-from gmlp import build_gmlp  # noqa: E402
+# Paddle comes in work(): -h and a wrong flag answer at once.
 
-DEFAULT_CONFIGS = [ROOT / "configs" / f"gmlp_{size}_224.yaml" for size in ("ti16", "s16", "b16")]
+_CONFIGS = [common.ROOT / "configs" / f"gmlp_{size}_224.yaml" for size in ("ti16", "s16", "b16")]
 
 
-def count_parameters(model):
-    return sum(int(param.size) for param in model.parameters())
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "configs",
+        nargs="*",
+        default=_CONFIGS,
+        metavar="YAML",
+        help="config files (default: the Ti/16, S/16 and B/16 models at 224 pixels)",
+    )
+    return parser
 
 
-@paddle.no_grad()
+def work(args):
+    """Prints the table of the models that the arguments name."""
+    configs = [get_config(path) for path in args.configs]
+    common.import_paddle()
+    rows = [table_row(config) for config in configs]
+    print("| model | parameters | multiply-adds | tokens | image size |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    print("\n".join(rows))
+
+
+def table_row(config):
+    """The Markdown row of one config's model."""
+    from training.run import build_model
+
+    model, size = build_model(config), config.DATA.IMAGE_SIZE
+    parameters = sum(int(param.size) for param in model.parameters())
+    counts = f"{parameters:,} | {count_multiply_adds(model, size):,}"
+    return f"| {config.MODEL.NAME} | {counts} | {model.sizes.num_tokens} | {size} |"
+
+
 def count_multiply_adds(model, image_size):
     """Multiply-adds of one image, counted by the layers themselves during a forward pass.
 
@@ -40,63 +64,29 @@ def count_multiply_adds(model, image_size):
     Returns:
         int, the sum over every call of a Conv2D or a Linear.
     """
+    import paddle
+    from paddle import nn
+
     counts = []
 
     def count(layer, inputs, output):
         # Each output element is a dot product with one filter, or with one column of a Linear.
         weights = layer.weight.shape[1:] if isinstance(layer, nn.Conv2D) else layer.weight.shape[:1]
-        length = 1
-        for size in weights:
-            length *= size
         outputs = output if isinstance(output, tuple) else [output]
-        counts.append(length * sum(int(part.size) for part in outputs))
+        counts.append(math.prod(weights) * sum(int(part.size) for part in outputs))
 
     layers = [layer for layer in model.sublayers() if isinstance(layer, (nn.Conv2D, nn.Linear))]
     hooks = [layer.register_forward_post_hook(count) for layer in layers]
     channels = next(layer.weight.shape[1] for layer in layers if isinstance(layer, nn.Conv2D))
     try:
-        model(paddle.zeros([1, channels, image_size, image_size]))
+        model.eval()
+        with paddle.no_grad():
+            model(paddle.zeros([1, channels, image_size, image_size]))
     finally:
         for hook in hooks:
             hook.remove()
     return sum(counts)
 
 
-def table_row(path):
-    """The Markdown row of the model of one config file."""
-    config = get_config(path)
-    model = build_gmlp(config)
-    model.eval()
-    size = config.DATA.IMAGE_SIZE
-    cells = [
-        config.MODEL.NAME,
-        f"{count_parameters(model):,}",
-        f"{count_multiply_adds(model, size):,}",
-        f"{model.sizes.num_tokens}",
-        f"{size}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "configs",
-        nargs="*",
-        default=DEFAULT_CONFIGS,
-        metavar="YAML",
-        help="config files (default: the Ti/16, S/16 and B/16 models at 224 pixels)",
-    )
-    configs = parser.parse_args().configs
-    try:
-        rows = [table_row(path) for path in configs]
-    except ValueError as error:  # ConfigError, and build_gmlp's
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
-    print("| model | parameters | multiply-adds | tokens | image size |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    print("\n".join(rows))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(common.run(build_parser(), work))

@@ -364,9 +364,9 @@ def predict(model, config, paths, classes, k, tally):
     import paddle
     from paddle.nn import functional as F
 
-    from transforms import build_batch_transform
+    from transforms import BatchTransform
 
-    transform = build_batch_transform(config, train=False)
+    transform = BatchTransform(config, train=False)
     with contextlib.closing(read_batches(config, paths, tally)) as batches:
         for count, names, pixels in batches:
             if not names:

@@ -11,7 +11,7 @@ from datasets import EvalSampler
 from ranks import stop
 from ranks.collective import all_reduce_sum
 from training.inference import choose_model
-from transforms import build_batch_transform
+from transforms import BatchTransform
 from utils import SCORES, progress_bar, to_json, write_text
 from weights import pdparams
 
@@ -19,7 +19,7 @@ from weights import pdparams
 class Scores:
     """Top-1 and top-5 accuracy and loss, exact however images are spread over batches and ranks.
 
-    Until `reduce` everything is a sum over this rank's images, on the device.
+    They are kept as sums over this rank's images, on the device.
     """
 
     def __init__(self):
@@ -34,17 +34,12 @@ class Scores:
         self._loss += F.cross_entropy(logits, labels, reduction="none").astype("float64").sum()
         self._images += len(labels)
 
-    def reduce(self):
-        """Adds the ranks' sums up; a collective."""
-        self._correct = all_reduce_sum(self._correct)
-        self._loss = all_reduce_sum(self._loss)
-        self._images = int(all_reduce_sum(paddle.to_tensor(self._images, dtype="int64")))
-
     def result(self):
-        """A dict of utils.SCORES, acc1 and acc5 in percent, and of images, their number."""
-        acc1, acc5 = (100 * int(count) / self._images for count in self._correct.numpy())
-        loss = float(self._loss) / self._images
-        return dict(zip(SCORES, (acc1, acc5, loss)), images=self._images)
+        """A dict of acc1 and acc5 in percent, loss, and images, their number; a collective."""
+        correct, loss = all_reduce_sum(self._correct), all_reduce_sum(self._loss)
+        images = int(all_reduce_sum(paddle.to_tensor(self._images, dtype="int64")))
+        acc1, acc5 = (100 * int(count) / images for count in correct.numpy())
+        return dict(zip(SCORES, (acc1, acc5, float(loss) / images)), images=images)
 
 
 def describe(result):
@@ -101,7 +96,6 @@ def validate(model, batches, batch_transform, autocast):
             logits = model(images)
         scores.add(logits, labels)
     stop.barrier()
-    scores.reduce()
     return scores.result()
 
 
@@ -110,7 +104,7 @@ def validate_run(run, model, title):
     data = run.config.DATA
     batch_size = data.BATCH_SIZE_EVAL or data.BATCH_SIZE
     sampler = EvalSampler(len(run.val_data), batch_size, run.rank, run.world_size)
-    transform = build_batch_transform(run.config, train=False)
+    transform = BatchTransform(run.config, train=False)
     with contextlib.closing(run.loader(run.val_data, sampler)) as batches:
         bar = progress_bar(batches, len(sampler), title, shown=run.rank == 0)
         return validate(model, bar, transform, run.autocast)

@@ -11,7 +11,7 @@ from ranks import stop
 from ranks.collective import all_reduce_sum, broadcast_object
 from training import state
 from weights import WeightsError, assign_weights, pdparams
-from weights.checkpoint import newest_first
+from weights.checkpoint import check_weights, newest_first
 
 
 class Start(NamedTuple):
@@ -57,7 +57,8 @@ def find_start(config, model, rank, warn):
             )
             return Start(seen=seen)
     tree = _read_everywhere(path, tree, is_auto, warn)
-    state.check(tree, model, path)
+    if tree.get("model_ema"):  # before the model is changed
+        check_weights(model, tree["model_ema"], path)
     assign_weights(model, tree["model"], path)
     return Start(path, tree, seen)
 

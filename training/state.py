@@ -14,7 +14,7 @@ import paddle
 
 from ranks.report import busy
 from weights import WeightsError, assign_weights, checkpoint, pdparams
-from weights.checkpoint import check_weights, is_empty, weights_of
+from weights.checkpoint import is_empty, weights_of
 
 
 class NonFiniteLoss(RuntimeError):
@@ -184,7 +184,7 @@ def read(path, require_checksum=False):
         tree["model_ema"] = None
     else:
         weights_of({"model": tree["model_ema"]}, path)
-    wrong = _wrong_keys(tree, _SCHEMA)
+    wrong = [key for key in _SCHEMA if key in tree and not _fits(tree[key], _SCHEMA[key])]
     if not wrong and not _has_that_batch(tree):
         wrong = ["batch"]
     if wrong:
@@ -194,17 +194,13 @@ def read(path, require_checksum=False):
     return tree
 
 
-def _wrong_keys(tree, schema):
-    """The keys whose values are not what the schema says: a function that is true, or a dict."""
-    return [
-        key
-        for key, wanted in schema.items()
-        if key in tree and not (wanted(tree[key]) if callable(wanted) else _fits(tree[key], wanted))
-    ]
-
-
-def _fits(value, schema):
-    return isinstance(value, dict) and not _wrong_keys(value, schema)
+def _fits(value, wanted):
+    """Whether a value passes a check, or is a dict whose values pass those of a schema."""
+    if callable(wanted):
+        return wanted(value)
+    return isinstance(value, dict) and all(
+        _fits(value[key], check) for key, check in wanted.items() if key in value
+    )
 
 
 def _has_that_batch(tree):
@@ -214,12 +210,6 @@ def _has_that_batch(tree):
     run = tree.get("run", {})
     images, batch_size, ranks = (run.get(key, 0) for key in ("images", "batch_size", "ranks"))
     return 0 < batch_size * ranks * tree["batch"] <= images
-
-
-def check(tree, model, path):
-    """Raises WeightsError where a tree's weights, or their average, are not those of a model."""
-    for weights in filter(None, (tree["model"], tree.get("model_ema"))):
-        check_weights(model, weights, path)
 
 
 # --- restored ---

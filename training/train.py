@@ -12,14 +12,14 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from datasets import BATCH_STREAM, DataError, TrainSampler, batches_per_epoch
+from datasets import BATCH_STREAM, TrainSampler, batches_per_epoch
 from ranks import stop
 from ranks.collective import MeanMeter
 from training import evaluate, optim, state
 from training.run import build_model
 from training.state import NonFiniteLoss, Place
-from transforms import build_batch_transform
-from utils import progress_bar
+from transforms import BatchTransform
+from utils import DataError, progress_bar
 
 
 class Training:
@@ -46,8 +46,9 @@ class Training:
         self.batches = batches_per_epoch(len(run.train_data), batch_size, run.world_size)
         if self.batches == 0:
             raise DataError(
-                f"{run.train_data.name} has {len(run.train_data)} images, fewer than one batch of "
-                f"{batch_size} for each of {run.world_size} rank(s): take a smaller -batch_size"
+                f"{run.train_data.images.name} has {len(run.train_data)} images, fewer than one "
+                f"batch of {batch_size} for each of {run.world_size} rank(s): take a smaller "
+                "-batch_size"
             )
         # A step sees no more batches than an epoch has.
         self.accum_iter = min(train.ACCUM_ITER, self.batches)
@@ -59,7 +60,7 @@ class Training:
         self.scaler = optim.build_scaler(run.amp, self.config.AMP_DTYPE)
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
-        self.batch_transform = build_batch_transform(self.config, train=True)
+        self.batch_transform = BatchTransform(self.config, train=True)
         self.best = {"acc1": -1.0, "epoch": 0}
         self.place = Place(train.LAST_EPOCH)
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
@@ -214,6 +215,7 @@ class Training:
                     )
                 speed = self.run.world_size * images_seen / (time.perf_counter() - start)
                 self._report(epoch, batch + 1, mean_loss, speed, bar)
+                stop.request.share()
                 recent, images_seen, start = MeanMeter(), 0, time.perf_counter()
             if self._ends_step(batch):
                 self._save_or_stop(epoch, batch + 1, losses)
@@ -255,7 +257,7 @@ class Training:
         return (batch + 1) % self.accum_iter == 0 or batch + 1 == self.batches
 
     def _report(self, epoch, done, loss, images_per_second, bar):
-        """Says how far training is; a collective, as ranks tell each other of signals here."""
+        """Shows and logs how far training is."""
         rate = self.optimizer.get_lr()
         speed = f"{images_per_second:.1f} images/s"
         bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed}")
@@ -272,7 +274,6 @@ class Training:
             lr=rate,
             images_per_second=round(images_per_second, 2),
         )
-        stop.request.share()
 
     # --- checkpoints ---
 
@@ -294,12 +295,7 @@ class Training:
             raise stop.Stopped
 
     def _save(self, keep=False, best=False):
-        """Writes a checkpoint of this place; every rank has to call it.
-
-        Args:
-            keep: under the name of the epoch too.
-            best: as the best model too.
-        """
+        """Writes a checkpoint (see state.save); every rank has to call it."""
         state.save(self, keep, best)
         stop.barrier()
 

@@ -95,12 +95,12 @@ def loader(cfg, folder, train, batch_size, workers, lead, batches):
     import numpy as np
 
     from datasets import EvalSampler, TrainSampler, build_dataset, build_loader
-    from transforms import build_batch_transform
+    from transforms import BatchTransform
 
     host.keep_freed_memory()  # as a run does
     config = _augmented(cfg, folder)
     dataset = build_dataset(config, train)
-    transform = build_batch_transform(config, train)
+    transform = BatchTransform(config, train)
     images = (lead + batches) * batch_size
 
     def run():
@@ -140,14 +140,14 @@ def evaluate(cfg, folder, batch_size, batches, kind):
     from training import engine
     from training.inference import CompiledModel
     from training.run import build_model
-    from transforms import build_batch_transform
+    from transforms import BatchTransform
 
     host.keep_freed_memory()  # as a run does
     config = _config(cfg, DATA__DATA_PATH=folder)
     model, size = build_model(config), config.DATA.IMAGE_SIZE
     if kind != "layers":
         model = CompiledModel(model, [3, size, size], kind)
-    transform = build_batch_transform(config, train=False)
+    transform = BatchTransform(config, train=False)
     batch = _batch(config, batch_size)
 
     def run():
@@ -164,7 +164,7 @@ def _training(config):
 
     from training import engine, optim
     from training.run import build_model
-    from transforms import build_batch_transform
+    from transforms import BatchTransform
 
     model, no_sync = build_model(config), contextlib.nullcontext
     schedule = optim.build_schedule(lambda step: 1e-5)
@@ -177,7 +177,7 @@ def _training(config):
     return engine.Training(
         model=model,
         updater=updater,
-        batch_transform=build_batch_transform(config, train=True),
+        batch_transform=BatchTransform(config, train=True),
         autocast=contextlib.nullcontext,
         no_sync=no_sync,
         accum_iter=1,
