@@ -17,8 +17,8 @@ from transforms import build_transform
 from utils import DataError, cause, show, show_path
 
 _LINE_LIMIT = 5000  # bytes; a path has at most 4096
-# What a draw is for, first in its seed: NumPy takes [0, 1] and [0, 1, 0] for the same seed.
-# The order of an epoch, what happens to an image, what happens to a batch (training/train.py).
+# The first number of a seed says what is drawn, as NumPy takes [0, 1] and [0, 1, 0] for the same
+# seed: the order of an epoch, what happens to an image, to a batch (training/train.py).
 ORDER_STREAM, IMAGE_STREAM, BATCH_STREAM = 1, 2, 3
 _16_BITS = (("I", "PNG"), ("I", "PPM"))  # modes and formats that mean 16 bits, besides "I;16"
 
@@ -55,8 +55,8 @@ class ImageList(ImageSource):
         root: the data set's folder.
         name: the list's file name in it.
         num_classes: labels must be 0 .. num_classes - 1.
-        on_bad_line: called with a sentence for each line that is wrong, which is then left out;
-            without it the first one is raised.
+        on_bad_line: called with a sentence for each wrong line, which is left out; None: the first
+            wrong line is raised.
 
     Raises:
         DataError: the list is missing, empty or not UTF-8, or a line has no label or a wrong one.
@@ -154,7 +154,7 @@ class ImageDataset(paddle.io.Dataset):
 
 
 def _read_rgb(path):
-    """The image of a file as Pillow converts it to RGB: the first frame, what transparency hides.
+    """A file's image in RGB, as Pillow converts it: the first frame, without transparency.
 
     Pixels of 16 bits keep their high 8, as a viewer's do (Pillow would clip them all to white).
     """
@@ -167,7 +167,9 @@ def _read_rgb(path):
                 if image.mode.startswith("I;16") or (image.mode, image.format) in _16_BITS:
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 elif image.mode in ("I", "F"):
-                    raise DataError("its pixels have 32 bits, and no known black and white")
+                    raise DataError(
+                        "its pixels have 32 bits, and what is black and white is unknown"
+                    )
                 if image.mode != "RGB":  # most images are, and need no copy
                     return image.convert("RGB")
                 image.load()
@@ -245,8 +247,8 @@ def build_dataset(config, train):
     """The training or validation images of the config's data set.
 
     Raises:
-        DataError: as the ImageSource, or the config asks for no known data set, for an unknown
-            operator, or for other channels than RGB's.
+        DataError: the source cannot be used, DATA.DATASET or an operator is unknown, or
+            DATA.IMAGE_CHANNELS is not 3.
     """
     if config.DATA.DATASET not in DATASETS:
         raise DataError(

@@ -10,9 +10,9 @@ The function is timm 1.0.31's `gmlp_s16_224` (and its Ti and B relatives), the p
 PaddleViT's, so that its published weights load unchanged.  Every part is built from `Sizes`.
 """
 
-import functools
 import inspect
 import math
+import operator
 from typing import NamedTuple
 
 import paddle
@@ -32,7 +32,7 @@ def lecun_normal(fan_in):
     std = math.sqrt(1 / fan_in) / 0.87962566103423978
     if "a" in inspect.signature(init.TruncatedNormal).parameters:
         return init.TruncatedNormal(std=std, a=-2 * std, b=2 * std)
-    return init.TruncatedNormal(std=std)  # Paddle 2.6 cuts off there, and nowhere else
+    return init.TruncatedNormal(std=std)  # Paddle 2.6 takes no bounds: two standard deviations
 
 
 def linear(in_features, out_features, weight_init, bias_init, layer=nn.Linear):
@@ -76,13 +76,13 @@ class PatchEmbedding(nn.Layer):
 
 
 class HalvedLinear(nn.Linear):
-    """A Linear that gives each half of its output features by itself: two [..., out_features / 2].
+    """A Linear whose output comes as two halves, each [..., out_features / 2].
 
-    Cut from one result they would be copied, the gradients' too.
+    Splitting one output would copy both halves, and their gradients.
     """
 
     def forward(self, x):
-        # Slices, because Paddle Inference 3.3 errs on chunks of a weight where the batch is 1.
+        # Slices: Paddle Inference 3.3 errs on paddle.chunk of a weight for a batch of 1.
         half = self.weight.shape[1] // 2
         first = F.linear(x, self.weight[:, :half], self.bias[:half])
         return first, F.linear(x, self.weight[:, half:], self.bias[half:])
@@ -96,7 +96,7 @@ class TokenLinear(nn.Linear):
 
     def forward(self, x):
         product = paddle.matmul(self.weight, x, transpose_x=True)
-        # In the product's type, as nn.Linear does it: else mixed precision goes on in float32.
+        # nn.Linear casts its bias too; a float32 bias would make the result float32 under AMP.
         return product + self.bias.astype(product.dtype).unsqueeze(-1)
 
 
@@ -173,10 +173,10 @@ class GMLP(nn.Layer):
 
     Attributes:
         sizes: what it was built from.
-        recompute: whether training keeps of each block its input alone and computes the rest again
-            in the backward pass: less memory, the same gradients.
-        stem_name, blocks_name, head_name, gate_name: what other modules call these parts of the
-            parameters' names; the gate's is that of its spatial projection inside a block.
+        recompute: whether training keeps only each block's input and computes the block again in
+            the backward pass: less memory, the same gradients.
+        stem_name, blocks_name, head_name, gate_name: the parts' names within the parameters' names;
+            gate_name is a block's spatial projection.
     """
 
     stem_name, blocks_name, head_name = "patch_embed.patch_embed", "mixer_layers", "head"
@@ -195,14 +195,14 @@ class GMLP(nn.Layer):
         """Features before the head, averaged over tokens: [batch, dim]."""
         x = self.patch_embed(images)
         for block in self.mixer_layers:
-            x = recompute(block, x) if self.recompute and self.training else block(x)
+            x = recomputed(block, x) if self.recompute and self.training else block(x)
         return self.norm(x).mean(axis=1)
 
     def forward(self, images):
         return self.head(self.forward_features(images))
 
     def freeze_backbone(self):
-        """Leaves the head alone to train, on features without dropout or stochastic depth."""
+        """Freezes everything but the head, and switches dropout and stochastic depth off."""
         for name, param in self.named_parameters():
             param.stop_gradient = not name.startswith(f"{self.head_name}.")
         for layer in self.sublayers():
@@ -213,7 +213,7 @@ class GMLP(nn.Layer):
 
 
 class Sizes(NamedTuple):
-    """What makes one gMLP another than the next: every part of the model is built from it."""
+    """Everything that tells one gMLP from another; all parts of the model are built from it."""
 
     image_size: int  # height and width of the images, pixels
     in_channels: int
@@ -237,7 +237,7 @@ class Sizes(NamedTuple):
     @classmethod
     def from_config(cls, config):
         """The sizes in a config; raises ValueError, with the key, where they make no model."""
-        return cls(*(functools.reduce(getattr, key.split("."), config) for key in KEYS)).checked()
+        return cls(*operator.attrgetter(*KEYS)(config)).checked()
 
     @classmethod
     def from_weights(cls, weights):
@@ -267,7 +267,9 @@ class Sizes(NamedTuple):
         except KeyError as error:
             raise ValueError(f"{error.args[0]} is missing") from None
         except ValueError:
-            raise ValueError("a shape cannot be, or is not the same in all blocks") from None
+            raise ValueError(
+                "a shape has the wrong number of axes, or is not the same in all blocks"
+            ) from None
         squares = (patch_size, num_tokens) == (width, tokens_out)
         if not (squares and dim == dim_inside == dim_last > 0):
             raise ValueError("its shapes do not fit together")
@@ -306,7 +308,7 @@ KEYS = (
 )  # fmt: skip
 
 
-def recompute(block, x):
+def recomputed(block, x):
     """block(x), which the backward pass computes once more instead of keeping what is inside."""
     # Imported where it is used: fleet takes a second.
     from paddle.distributed.fleet.utils import recompute

@@ -63,7 +63,7 @@ def main(argv):
         return 2
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"{parser.prog}: {message}\n"
-    if report.has_launcher():  # which has said it
+    if report.has_launcher():  # the launcher has printed these
         warnings.simplefilter("ignore", ConfigWarning)
     try:
         config = update_config(get_config(), args)
@@ -109,7 +109,7 @@ def run_rank(config):
         message = describe_error(error)
         report.report_error(message, 1)
         run.log.error(message)
-    except Exception as error:  # a bug, or a rank that another one left alone
+    except Exception as error:  # a bug, or a collective that failed because another rank ended
         run.log.error(traceback.format_exc(), extra={"file_only": True})
         report.report_error(f"{type(error).__name__}: {error} (the log has its traceback)")
     return 1

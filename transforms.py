@@ -4,8 +4,8 @@ Part 1, one image on the host: a PIL image in mode RGB (the dataset converts) be
 [size, size, 3]. Part 2, one batch on the device: normalize, erase, mix, soft targets.
 
 Every random choice comes from the numpy Generator passed in, never from global state, so that it
-can be a function of (seed, epoch, image) or (seed, step, rank). Semantics and constants are timm
-1.0.31's unless a line says otherwise.
+can be a function of (seed, epoch, image) or (seed, epoch, batch, rank). Semantics and
+constants are timm 1.0.31's unless a line says otherwise.
 """
 
 import math
@@ -146,7 +146,7 @@ def build_transform(config, train):
 
 
 # --- one batch: drawn on the host, applied on the device, nothing read back ---
-# A box is (top, left, bottom, right) in pixels, the last two excluded; without area it is none.
+# A box is (top, left, bottom, right) in pixels, the last two excluded; one without area is none.
 
 
 def normalize(images, mean, std):
@@ -159,11 +159,13 @@ def normalize(images, mean, std):
     Returns:
         float32 Tensor [batch, channels, height, width].
     """
-    if not paddle.in_dynamic_mode():  # for an exported program, which its own engine makes fast
+    if (
+        not paddle.in_dynamic_mode()
+    ):  # in an exported program: plain operators, which its engine fuses
         images = images.astype("float32").transpose([0, 3, 1, 2])
         return (images / 255 - mean.reshape([-1, 1, 1])) / std.reshape([-1, 1, 1])
-    # The axes move while a value is one byte, and a batch norm with fixed statistics is the rest in
-    # one pass: on a CPU less than half the time.
+    # Transposing bytes moves a quarter of the data, and a batch norm with fixed statistics does the
+    # rest in one pass: less than half the time on a CPU.
     images = images.transpose([0, 3, 1, 2]).astype("float32")
     return F.batch_norm(images, 255 * mean, (255 * std) ** 2, epsilon=0)
 

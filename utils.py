@@ -27,12 +27,13 @@ def new_file(path):
     Otherwise, Ctrl-C included, it is removed and an old file at `path` is as it was.
 
     Raises:
-        OSError: it cannot be written; always with the name `path`, which a full disk does not say.
+        OSError: it cannot be written; the error names `path`, which that of a full disk does not.
     """
     path = os.fspath(path)
     temporary = temporary_path(path)
     try:
-        # May be left of a killed process with this number, as a link to a file that is to stay.
+        # A killed process of this number may have left it, as a hard link to a checkpoint, which
+        # writing would destroy.
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         yield temporary
@@ -84,7 +85,7 @@ def write_text(path, text, mode="w"):
 
 def cannot_be_written(path, error):
     """An OSError of the same type that says which file could not be written, and why."""
-    # Of an error with a number, the standard library chooses the type; Paddle's have none.
+    # OSError chooses its subclass by the number; Paddle's errors have none.
     return OSError(error.errno, f"cannot be written: {cause(error)}", show_path(os.fspath(path)))
 
 
@@ -97,7 +98,7 @@ def temporary_path(path, pid=None):
 def remove_temporary_files(folder, pid="*"):
     """Removes what killed processes, or one of them, have left half written in a folder.
 
-    Without `pid` it is for who alone writes there.
+    Without `pid`, only for a folder in which nobody else writes.
     """
     for path in glob.glob(temporary_path(os.path.join(glob.escape(folder), "*"), pid)):
         with contextlib.suppress(OSError):
@@ -163,7 +164,7 @@ def show(value, limit=100):
 
 
 def cause(error):
-    """Why something failed, in one line: of an OSError the reason, without its number and file."""
+    """An error's reason in one line; of an OSError without its number and file."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 

@@ -21,9 +21,7 @@ def main():
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         acc1 = json.loads(evaluation.read_text())["acc1"]
         scores = [row for row in rows if row["kind"] == "eval"]
-        averaged = [
-            row for row in scores if row["weights"] == "ema"
-        ]  # these count where there are any
+        averaged = [row for row in scores if row["weights"] == "ema"]  # whose scores count
         trained = max(row["acc1"] for row in averaged or scores)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{folder}: not the output of one training and one evaluation: {error}")

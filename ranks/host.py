@@ -112,9 +112,14 @@ def import_paddle():
     return paddle
 
 
+def threads():
+    """The threads that Paddle computes with on the CPU."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
 @contextlib.contextmanager
 def quiet():
-    """In here nothing is printed on standard output, which C++ code does for its developers."""
+    """Silences standard output in here, of C++ code too."""
     sys.stdout.flush()
     libc, stdout, nothing = ctypes.CDLL(None), os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

@@ -21,13 +21,14 @@ from ranks.host import die_with_parent, remove_batches
 from ranks.report import REPORT_PIPE
 from utils import UserError, remove_temporary_files
 
-# What stops a hang of ranks that were asked to end.  Besides, stop.py limits how long a rank waits
-# for another, datasets.py how long for a loader worker, and gloo a collective (30 s).
+# How long ranks that were asked to end may take.  stop.py also limits how long a rank waits for the
+# others, loader.py how long for a worker, gloo a collective (30 s).
 _GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that of the others
 _SILENCE_SECONDS = 60  # of ranks that were asked to end: one that hangs has no other end
 _SAME_REQUEST_SECONDS = 1  # some schedulers signal a process and then its group
 
-# What a rank ends with that was asked to: by stop.py, or before that by the signal itself.
+# Exit codes of a rank that ended because it was asked to: by stop.py, or by the signal itself
+# before stop.py handles it.
 _AS_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
@@ -81,10 +82,11 @@ def choose_ranks(nprocs, gpus):
 def run(ranks, gpus, command):
     """Runs `command` once for each rank on this host and waits for all of them.
 
-    When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM reach the
-    ranks as a SIGTERM, the second one as a SIGKILL; so does the first, where the ranks then show no
-    sign of life (report.report_alive, report.busy).  When this process is killed, the kernel sends
-    them a SIGTERM.  No process, temporary file or batch in shared memory is left of a killed rank.
+    When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM are
+    passed on as SIGTERM; a second one kills the ranks, and so does a minute without a sign of life
+    (report.report_alive, report.busy) after the first.  When this process is killed, the kernel
+    sends the ranks a SIGTERM.  A killed rank leaves no process, temporary file or batch in shared
+    memory.
 
     Args:
         ranks: number of processes.
@@ -219,7 +221,7 @@ class _Reports:
         self.folder, self.errors = None, []
 
     def read(self):
-        """Takes what is there now.  Returns whether a rank gets on, or has reason not to."""
+        """Reads the reports that have come.  Returns whether a rank got on, or is busy."""
         with contextlib.suppress(BlockingIOError):  # nothing there
             self._rest += os.read(self._reader, 1 << 20)
         *lines, self._rest = self._rest.split(b"\n")
@@ -257,7 +259,7 @@ def _wait(processes, received, reports):
 
 
 def _first_failed(codes):
-    """Of several ranks at once one that was killed: the others failed because it was gone."""
+    """The first failed rank, but a killed one before others, which fail because it is gone."""
     consequences = [rank for rank, code in enumerate(codes) if code]
     killed = [rank for rank in consequences if codes[rank] < 0 and codes[rank] != -signal.SIGABRT]
     return next(iter(killed + consequences), None)

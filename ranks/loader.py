@@ -72,7 +72,7 @@ def _unpack(loader):
     finally:
         # Left to itself, an iterator that is not used up keeps its workers until this process ends.
         batches._try_shutdown_all(*([_END_SECONDS] if workers else []))
-        for worker in workers:  # one that has not ended would take no SIGTERM
+        for worker in workers:  # workers ignore SIGTERM
             worker.kill()
             worker.join()
         remove_batches(pids)
@@ -89,8 +89,8 @@ def explain_dead_workers():
 
 def _dead_worker(error):
     return DataError(
-        "a loader worker died; where the system ended it for want of memory, take fewer "
-        f"-num_workers ({cause(error).split('. ')[0]})"
+        f"a loader worker died ({cause(error).split('. ')[0]}): if the system killed it for lack "
+        "of memory, take fewer -num_workers"
     )
 
 
@@ -130,8 +130,8 @@ def _start_worker(parent, worker_id):
     # Paddle's workers wait for work without looking whether their parent still lives.
     die_with_parent(parent, signal.SIGKILL)
     gc.freeze()  # otherwise its first collection writes to, and so copies, the parent's objects
-    # Both are the rank's alone, which ends its workers when it is done with them: a terminal sends
-    # Ctrl-C, and Paddle's launcher a SIGTERM, to the whole process group.
+    # Only the rank ends its workers, though a terminal sends Ctrl-C, and Paddle's launcher SIGTERM,
+    # to the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -41,7 +41,7 @@ def report_alive():
 
 @contextlib.contextmanager
 def busy():
-    """Tells the launcher that what this rank does in here may take long for a good reason."""
+    """In here the launcher does not take this rank's silence for a hang."""
     _report(busy=True)
     try:
         yield

@@ -8,9 +8,9 @@
 Signals reach ranks at different moments, and a rank that leaves alone leaves the others hanging in
 a collective.  So within steps a rank announces how far it is, in the key-value store that Paddle
 starts for all ranks, and all stop after the step that the furthest can still reach with the others
-(is_due_after).  Outside of steps they stop at the next barrier, where one that will not come counts
-as so many that none passes (barrier).  A host whose ranks got no signal learns of it at the next
-report (share).  Before a signal comes this costs training one small all-reduce a report.
+(is_due_after).  Outside of steps they stop at the next barrier: a rank that will not come adds so
+much to its count that no rank passes (barrier).  A host whose ranks got no signal learns of it at
+the next report (share).  Before a signal comes this costs training one small all-reduce a report.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from paddle import distributed as dist
 from ranks.collective import add_in_store, all_reduce_max
 from ranks.report import report_alive
 
-# Further behind is only a rank whose host is gone without closing its connections.  This one waits
-# for it in C++ code then, which neither ends by itself nor lets Python run.
+# Longer than any save or evaluation takes.  Beyond it a host has gone without closing its
+# connections, and this rank waits in C++ code that neither returns nor lets Python run.
 _BARRIER_SECONDS = 1800
 
-_QUIT = 1 << 30  # instead of 1, what a rank that will not come adds to a barrier's count
+_QUIT = 1 << 30  # what a rank that will not come adds to a barrier's count, instead of 1
 _barriers = itertools.count()
 
 
@@ -63,7 +63,7 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL)
 
     def take(self, number, frame=None):
-        """The signals' handler; a second one does not end what the first has begun."""
+        """The signals' handler: notes the first one and ignores the others."""
         if self.signal_number is None:
             self.signal_number = number
 

@@ -210,7 +210,8 @@ def test_an_image_that_a_process_dies_of_is_one_of_all_problems(tmp_path, worker
     assert not multiprocessing.active_children()
     assert sum(done for done, _ in found) == 300
     sentences = [each for _, some in found for each in some]
-    deaths = [i for i, each in enumerate(sentences) if "died of this image (SIGKILL)" in each]
+    death = "reading this image ended a process (SIGKILL)"
+    deaths = [i for i, each in enumerate(sentences) if death in each]
     assert deaths == [100, 102, 299]
     assert all(f"train_list.txt:{i + 1}: " in sentences[i] for i in deaths)
     assert [s for i, s in enumerate(sentences) if i not in deaths] == [

@@ -355,7 +355,7 @@ def changed(name, shape):
     [
         ("head.weight", None, "head.weight is missing"),
         ("mixer_layers.0.mlp_channels.gate.proj.weight", None, "gate.proj.weight is missing"),
-        ("patch_embed.patch_embed.weight", (16, 3, 4), "a shape cannot be"),
+        ("patch_embed.patch_embed.weight", (16, 3, 4), "a shape has the wrong number of axes"),
         ("patch_embed.patch_embed.weight", (16, 3, 4, 4000), "do not fit together"),
         ("patch_embed.patch_embed.weight", (160000, 3, 4, 4), "do not fit together"),
         ("mixer_layers.1.mlp_channels.fc1.weight", (16, 10**9), "not the same in all blocks"),

@@ -71,7 +71,8 @@ def test_evaluation_gives_the_layers_scores(trained, few_digits, tmp_path, kind,
     weights, scores = trained / "best_weights.pdparams", {}
     for each in ("layers", kind):
         result = evaluate(few_digits, weights, tmp_path / each, each, ranks)
-        assert (f"Paddle Inference computes it in {kind}" in result.out) == (each == kind)
+        said = f"Paddle Inference computes the evaluation in {kind}" in result.out
+        assert said == (each == kind)
         assert "OneDNN" not in result.out  # what C++ code prints for its developers
         scores[each] = scores_of(tmp_path / each)
     first, second = scores.values()
@@ -84,11 +85,11 @@ def test_evaluation_gives_the_layers_scores(trained, few_digits, tmp_path, kind,
 @pytest.mark.parametrize(
     "kind, worth, possible, words",
     [
-        ("auto", 100, True, "computes it in float32 (CPU_INFERENCE auto)"),
+        ("auto", 100, True, "computes the evaluation in float32 (CPU_INFERENCE auto)"),
         ("auto", 101, True, None),
         ("auto", 0, False, None),
         ("layers", 0, True, None),
-        ("float32", 1000, True, "computes it in float32 (CPU_INFERENCE float32)"),
+        ("float32", 1000, True, "computes the evaluation in float32 (CPU_INFERENCE float32)"),
         ("bfloat16", 0, False, "CPU_INFERENCE bfloat16 needs Paddle 3: the layers compute it"),
     ],
 )

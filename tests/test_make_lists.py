@@ -264,14 +264,14 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path, flat, split):
     made(tmp_path / "gone").refused(2, f"{tmp_path}/gone: there is no such folder")
     empty = tmp_path / "empty"
     empty.mkdir()
-    made(empty).refused(2, f"{empty}: no folder of a class in it")
+    made(empty).refused(2, f"{empty}: has no class folders")
     (flat / "notes").mkdir()
     made(flat).refused(2, f"{flat}/notes: no image in this class's folder")
     half = tmp_path / "half"
     images(half / "train" / "cat", "1.png")
     made(half).refused(2, f"but no {half}/val: give -data_path {half}/train")
     images(half / "val", "ILSVRC2012_val_00000001.png")
-    made(half).refused(2, f"{half}/val: no folder of a class in it", "ImageNet's validation images")
+    made(half).refused(2, f"{half}/val: has no class folders", "ImageNet's validation images")
     single = tmp_path / "single"
     images(single / "a", "1.png")
     made(single).refused(2, f"{single}: every class has one image")

@@ -266,7 +266,7 @@ def test_a_sheet_shows_the_images_above_their_classes(predicted, folder, tmp_pat
         if default:
             monkeypatch.setattr(sheet, "_default_font", lambda fonts, default=default: default())
         result = predicted("-names", names, "-plot", picture, folder).check()
-        assert f"{picture}: has the first 3 images, without 2 more" in result.err
+        assert f"{picture}: shows the first 3 images; 2 more are left out" in result.err
         with Image.open(picture) as image:
             found = np.asarray(image.convert("L"))
         side, gap = sheet._SIDE, sheet._GAP

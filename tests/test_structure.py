@@ -16,7 +16,7 @@ LAW = {
     "ranks": {"utils"},
     "weights": {"utils"},
     "transforms": {"augment"},
-    "datasets": {"transforms", "ranks", "utils"},
+    "datasets": {"transforms", "utils"},
     "training": {"config", "datasets", "gmlp", "ranks", "transforms", "utils", "weights"},
     "main_multi_gpu": {"config", "ranks", "utils", "training"},
     "hubconf": {"config", "gmlp", "weights"},

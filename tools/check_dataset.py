@@ -177,8 +177,8 @@ def _describe_death(process, dataset, index):
     reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
     images = dataset.images
     return (
-        f"{images.place(index)}: a process died of this image ({reason}); "
-        "where the system ended it for want of memory, take fewer -num_workers"
+        f"{images.place(index)}: reading this image ended a process ({reason}): if the system "
+        "killed it for lack of memory, take fewer -num_workers"
     )
 
 

@@ -172,8 +172,8 @@ def read_metrics(path):
             place = metrics_place(row)
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(
-                f"{path}:{number}: this line is no row of a metrics.jsonl: take the line out, or "
-                "take the file that the run wrote"
+                f"{path}:{number}: this line is no row of a metrics.jsonl: delete the line, or "
+                "use the file as the run wrote it"
             ) from None
         if place is None:
             continue

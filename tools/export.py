@@ -130,7 +130,7 @@ def describe(config, args, names, folder):
         "inside": {"normalize": normalization} if args.preprocess else {},
         "output": {
             "name": _OUTPUT,
-            "note": "Paddle Inference has a name of its own for this output, the only one",
+            "note": "Paddle Inference gives this output, its only one, a generated name",
             "type": "float32",
             "shape": ["batch", config.MODEL.NUM_CLASSES],
             "values": "probabilities of the classes, in the order of `classes`",

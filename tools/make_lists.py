@@ -156,8 +156,8 @@ def _read_folders(folder, skip):
             skip(DEAD_LINK if dead else _OUTSIDE, entry.path)
     if not classes:
         raise ConfigError(
-            f"{folder}: no folder of a class in it; there has to be one per class, with its images "
-            "(ImageNet's validation images come without: sort them into folders first)"
+            f"{folder}: has no class folders: it needs one folder per class with its images "
+            "(ImageNet's validation images come in one folder: sort them first)"
         )
     empty = [name for name, paths in classes.items() if not paths]
     if empty:

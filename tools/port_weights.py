@@ -87,8 +87,8 @@ def check_arguments(args):
         raise ConfigError("-strip takes a .pdparams and writes a .pdparams")
     if both and not args.strip:
         raise ConfigError(
-            f"{source}: is a .pdparams as TARGET is, there is nothing to port; -strip makes bare "
-            "weights of a training checkpoint"
+            f"{source}: SOURCE and TARGET are both .pdparams: there is nothing to port; -strip "
+            "turns a training checkpoint into bare weights"
         )
 
 
@@ -148,8 +148,8 @@ def read_torch(path):
         import torch
     except ImportError as error:
         raise ConfigError(
-            f"{show_path(path)}: a PyTorch file takes torch ({error}): pip install torch, or take "
-            "a .safetensors"
+            f"{show_path(path)}: reading a PyTorch file needs torch ({error}): pip install "
+            "torch, or give a .safetensors"
         ) from None
     try:
         open(path, "rb").close()  # torch.load has OSErrors for what is cut off, too
@@ -243,7 +243,9 @@ def write(path, weights):
     try:
         from safetensors.numpy import save
     except ImportError:
-        raise ConfigError("a .safetensors takes a package: pip install safetensors") from None
+        raise ConfigError(
+            "writing a .safetensors needs a package: pip install safetensors"
+        ) from None
     data = save(to_timm(weights), metadata={"format": "pt"})  # as timm's own files say
     with new_file(path) as temporary, open(temporary, "wb") as file:
         file.write(data)

@@ -302,7 +302,9 @@ class Images:
             self._dataset.read(index)
         except DataError as error:
             return str(error)
-        return f"{self._dataset.images.image_path(index)}: it could not be read just now"
+        return (
+            f"{self._dataset.images.image_path(index)}: it could not be read at first, now it can"
+        )
 
 
 def read_batches(config, paths, tally):

@@ -3,10 +3,6 @@
 import io
 import math
 import os
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from config import ConfigError
 from utils import new_file
@@ -59,7 +55,8 @@ class Sheet:
             return
         if self.left_out:
             tally.say(
-                f"{self.path}: has the first {PLOT_IMAGES} images, without {self.left_out:,} more"
+                f"{self.path}: shows the first {PLOT_IMAGES} images; {self.left_out:,} more are "
+                "left out"
             )
         data = io.BytesIO()
         self.draw().save(data, self.format)

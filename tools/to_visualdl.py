@@ -107,8 +107,8 @@ def update(run, encode):
 
     VisualDL reads the last file of a folder by name, on from where it was, and no point can be
     taken back.  So a file only grows; but where a run has repeated points, or another program wrote
-    some, a new file takes over, and the old one is emptied.  Several of this tool do each other no
-    harm: they write whole files, of the same bytes.
+    some, a new file takes over, and the old one is emptied.  Several of these tools may run at
+    once: they write whole files, of the same bytes.
     """
     metrics = common.metrics_path(run)
     folder = os.path.join(os.path.dirname(metrics), "visualdl")

@@ -62,8 +62,8 @@ def top_k_counts(logits, labels, ks=(1, 5)):
         int64 Tensor [len(ks)]: a sum, so that ranks and batches of any size add up exactly.
     """
     own = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1)
-    # Behind the label: smaller logits, and equal ones of later classes.  Asked this way round, a
-    # NaN is behind nothing and a model of NaNs gets nothing right.
+    # A class is behind the label if its logit is smaller, or equal and of a later class.  Counting
+    # those that are not behind puts a NaN ahead of the label: a model of NaNs gets nothing right.
     later = paddle.arange(logits.shape[1]).unsqueeze(0) >= labels.unsqueeze(1)
     behind = (logits < own) | ((logits == own) & later)
     place = (~behind).astype("int64").sum(axis=1)  # of each row's label, from 0

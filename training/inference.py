@@ -4,7 +4,7 @@
     logits = model(images)  # as before: [batch, 3, 224, 224] -> [batch, classes]
 
 It fuses what the layers compute one by one, and uses oneDNN.  Logits are within 1e-4 of the layers'
-(in bfloat16 within some percent); the README has what it is worth.
+(in bfloat16 within some percent); the README has the speeds.
 """
 
 import os
@@ -12,9 +12,9 @@ import tempfile
 
 import paddle
 
-from ranks.host import quiet
+from ranks.host import quiet, threads
 
-_WORTH_COMPILING = 1000  # images per rank; making an S/16 takes what it saves on 200 of them
+_WORTH_COMPILING = 1000  # images per rank; compiling an S/16 takes the time that it saves on 200
 
 
 def choose_model(run):
@@ -24,13 +24,17 @@ def choose_model(run):
         return run.model
     if not can_compile():
         if kind != "auto":
-            run.log.warning(f"CPU_INFERENCE {kind} needs Paddle 3: the layers compute it")
+            run.log.warning(
+                f"CPU_INFERENCE {kind} needs Paddle 3: evaluating with the model's layers"
+            )
         return run.model
     dtype = "bfloat16" if kind == "bfloat16" else "float32"
     if dtype == "bfloat16" and not paddle.base.core.supports_bfloat16():
-        run.log.warning("CPU_INFERENCE bfloat16: this CPU has no such instructions: float32")
+        run.log.warning(
+            "CPU_INFERENCE bfloat16: this CPU has no bfloat16 instructions: using float32"
+        )
         dtype = "float32"
-    run.log.info(f"Paddle Inference computes it in {dtype} (CPU_INFERENCE {kind})")
+    run.log.info(f"Paddle Inference computes the evaluation in {dtype} (CPU_INFERENCE {kind})")
     sizes = run.model.sizes
     return CompiledModel(run.model, [sizes.in_channels, sizes.image_size, sizes.image_size], dtype)
 
@@ -55,7 +59,7 @@ class CompiledModel:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             paddle.jit.save(model, os.path.join(folder, "model"), input_spec=[spec])
             self._run = load(program_in(folder, "model"), dtype)
-            self(paddle.zeros([1, *image_shape]))  # what it does once, it does now
+            self(paddle.zeros([1, *image_shape]))  # the first call prepares the program: now
 
     def __call__(self, images):
         return paddle.to_tensor(self._run(images.numpy()))
@@ -79,13 +83,12 @@ def load(program, dtype="float32"):
     """
     from paddle import inference
 
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     options = inference.Config(program, os.path.splitext(program)[0] + ".pdiparams")
     options.disable_gpu()
     options.disable_glog_info()
     if can_compile():
         options.enable_mkldnn()  # oneDNN's former name
-        options.set_cpu_math_library_num_threads(threads)
+        options.set_cpu_math_library_num_threads(threads())
     if dtype == "bfloat16":
         options.enable_mkldnn_bfloat16()
     predictor = inference.create_predictor(options)
@@ -94,8 +97,8 @@ def load(program, dtype="float32"):
     def run(array):
         predictor.get_input_handle(input_name).copy_from_cpu(array)
         predictor.run()
-        # It leaves one thread to all that the process computes with Paddle from then on.
-        paddle.base.core.set_num_threads(threads)
+        # run() leaves the process one thread: give Paddle its threads back.
+        paddle.base.core.set_num_threads(threads())
         return predictor.get_output_handle(output_name).copy_to_cpu()
 
     return run

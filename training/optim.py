@@ -16,8 +16,8 @@ def decayed_parameters(model):
     return {param.name for param in model.parameters() if param.ndim > 1}
 
 
-# By TRAIN.LR_SCHEDULE: how much of the way from END_LR to BASE_LR is left after warm-up, from 1 to
-# 0, as a function of how much of the rest of the run is over, from 0 to 1.
+# By TRAIN.LR_SCHEDULE: the share of BASE_LR - END_LR that is left (1 to 0), as a function of the
+# share of the steps after warm-up that are done (0 to 1).
 SCHEDULES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
@@ -126,7 +126,7 @@ def build_optimizer(config, model, learning_rate):
 
 
 def build_autocast(amp, dtype):
-    """Makes the context in which a model runs: mixed precision, or none.
+    """A function that makes the context in which a model runs: mixed precision, or none.
 
     Args:
         amp: whether there is mixed precision (a GPU, and asked for).
@@ -138,7 +138,7 @@ def build_autocast(amp, dtype):
 
 
 def build_scaler(amp, dtype):
-    """Loss scaling for float16; without AMP and for bfloat16 a scaler that passes all on."""
+    """Loss scaling for float16; without AMP and for bfloat16 a scaler that does nothing."""
     return paddle.amp.GradScaler(enable=amp and dtype == "float16", init_loss_scaling=2.0**16)
 
 
@@ -227,7 +227,7 @@ class EMA:
 
 
 class NoEMA:
-    """Stands where an EMA would: the average is the model itself."""
+    """Without an EMA: the average is the model itself."""
 
     name = "model"
 

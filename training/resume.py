@@ -17,7 +17,7 @@ from weights.checkpoint import check_weights, newest_first
 class Start(NamedTuple):
     """Where a run goes on: a checkpoint's path and tree, or None for both.
 
-    `seen` is what candidates() gave when `-resume auto` looked; {} on other ranks than 0.
+    `seen`: the candidates() that `-resume auto` chose from; {} on other ranks than 0.
     """
 
     path: Optional[str] = None
@@ -94,7 +94,9 @@ def _newest_valid(paths, model_name, warn):
 
 
 def _read_everywhere(path, tree, require_checksum, warn):
-    """A checkpoint on every rank, which each reads itself; rank 0 sends it to hosts without it.
+    """The checkpoint's tree on every rank.
+
+    Each rank reads the file itself; where a host has none, or another, rank 0 sends its own to all.
 
     Args:
         tree: what is in it, where this rank has read it already.

@@ -16,7 +16,7 @@ from config import ConfigError
 from datasets import build_dataset
 from gmlp import build_gmlp, can_recompute
 from ranks.collective import broadcast_object, init_distributed
-from ranks.host import choose_workers, keep_freed_memory, local_ranks
+from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
 from training import optim, resume
@@ -30,7 +30,8 @@ class Run:
     Attributes:
         config: the merged config.
         rank, world_size: this process among all.
-        model, train_data, val_data: what its name says; no train_data in an evaluation.
+        on_gpu: whether the model runs on a GPU.
+        model, train_data, val_data: what their names say; train_data is None in an evaluation.
         start: the resume.Start that the run goes on from.
         folder: where this run's files go.
         log, metrics: a logging.Logger, a MetricsFile.
@@ -78,8 +79,8 @@ class Run:
         }
         amp = config.AMP and self.on_gpu and supported[config.AMP_DTYPE]()
         if config.AMP and not amp:
-            device = f"GPU without {config.AMP_DTYPE}" if self.on_gpu else "CPU, without AMP"
-            self.warnings.append(f"-amp: this is a {device}: running float32")
+            why = f"this GPU has no {config.AMP_DTYPE}" if self.on_gpu else "a CPU has no AMP"
+            self.warnings.append(f"-amp has no effect: {why}: running float32")
         old_numpy = np.lib.NumpyVersion(np.__version__) < "2.4.0"
         if amp and config.AMP_DTYPE == "float16" and not (config.EVAL or old_numpy):
             raise ConfigError(
@@ -101,7 +102,7 @@ class Run:
             self.warnings += load_into(self.model, path, allow_new_head=not config.EVAL)
         elif config.TRAIN.FREEZE_BACKBONE:
             self.warnings.append(
-                "TRAIN.FREEZE_BACKBONE without -pretrained: what is frozen is as initialized"
+                "TRAIN.FREEZE_BACKBONE without -pretrained: the frozen backbone has random weights"
             )
 
     def _make_folder(self):
@@ -126,12 +127,13 @@ class Run:
             self.lock = lock(os.path.join(self.folder, "log.txt"))
         except BlockingIOError:
             raise ConfigError(
-                f"{self.folder}: another run is writing there: wait for its end, or give this one "
-                "an -output of its own"
+                f"{self.folder}: another run is writing there: wait until it ends, or give this "
+                "run another -output"
             ) from None
         except OSError as error:
             self.warnings.append(
-                f"{self.folder} cannot be locked ({error.strerror}): start no second run there"
+                f"{self.folder} cannot be locked ({error.strerror}): do not start a second run "
+                "in it"
             )
         remove_temporary_files(self.folder)
         write_text(os.path.join(self.folder, "config.yaml"), self.config.dump())
@@ -148,7 +150,7 @@ class Run:
             self.log.warning(warning)
 
     def loader(self, dataset, sampler):
-        """The batches of a sampler; see datasets.build_loader."""
+        """The batches of a sampler; see ranks.loader.build_loader."""
         workers = choose_workers(self.config.DATA.NUM_WORKERS, self.on_gpu)
         return build_loader(dataset, sampler, workers, self.config.DATA.IMAGE_SIZE, local_ranks())
 
@@ -188,11 +190,11 @@ def describe_machine(world_size):
     device = paddle.get_device()
     if device.startswith("gpu"):
         device += f" ({paddle.device.cuda.get_device_name()})"
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
+
     return [
         f"python {platform.python_version()}, paddle {paddle.__version__}, "
         f"numpy {np.__version__}, pillow {PIL.__version__}, {platform.platform()}",
-        f"device {device}, {world_size} rank(s), {threads} thread(s) per rank",
+        f"device {device}, {world_size} rank(s), {threads()} thread(s) per rank",
         f"git revision {git_revision() or 'unknown (not a git checkout)'}",
     ]
 

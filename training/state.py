@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import paddle
 
+from ranks import host
 from ranks.report import busy
 from weights import WeightsError, assign_weights, checkpoint, pdparams
 from weights.checkpoint import is_empty, weights_of
@@ -40,7 +41,7 @@ def describe_place(training):
 
 
 def save(training, keep=False, best=False):
-    """Writes a checkpoint of a training's place, on rank 0; the others know of it, and go on.
+    """Writes a checkpoint on rank 0; the other ranks note its path and go on.
 
     Args:
         training: a training.train.Training between two steps.
@@ -65,7 +66,7 @@ def _write(training, keep, best):
     folder, log, keep_last = training.run.folder, training.run.log, training.config.KEEP_LAST
     names = ["best"] if best else []
     names += [f"Epoch-{training.place.epoch}"] if keep else []
-    # The best model before the checkpoint that knows of its score.
+    # The best model first: no checkpoint that knows its score may be on disk without it.
     if best:
         path = os.path.join(folder, "best_weights.pdparams")
         pdparams.write(path, training.ema.average.state_dict())
@@ -100,13 +101,13 @@ def collect(training):
 
 
 def run_facts(training):
-    """What has to be the same for a resumed run to be the same bit for bit."""
+    """The facts that must not change for a resumed run to be the same bit for bit."""
     config = training.config
     return {
         "model_name": config.MODEL.NAME,
         "images": len(training.run.train_data),
         "ranks": training.run.world_size,
-        "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
+        "threads": host.threads(),
         "batch_size": config.DATA.BATCH_SIZE,
         "accum_iter": training.accum_iter,
         "seed": config.SEED,
@@ -174,7 +175,7 @@ def read(path, require_checksum=False):
     A bare state dict comes back as {"model": state dict}.
 
     Raises:
-        WeightsError: the file cannot be read, or what is in it cannot be.
+        WeightsError: the file cannot be read, or a value in it is impossible.
     """
     tree = pdparams.read(path, require_checksum)
     if "model" not in tree:
@@ -189,7 +190,7 @@ def read(path, require_checksum=False):
         wrong = ["batch"]
     if wrong:
         raise WeightsError(
-            f"{path}: {' and '.join(wrong)} in it cannot be: take another checkpoint"
+            f"{path}: impossible values of {' and '.join(wrong)}: take another checkpoint"
         )
     return tree
 
@@ -204,7 +205,7 @@ def _fits(value, wanted):
 
 
 def _has_that_batch(tree):
-    """Whether an epoch of the run that made a checkpoint has as many batches as it counts."""
+    """Whether an epoch of the run that wrote a checkpoint has that many batches."""
     if not tree.get("batch"):
         return True
     run = tree.get("run", {})
@@ -216,7 +217,7 @@ def _has_that_batch(tree):
 
 
 def restore(training, tree, path):
-    """Goes on from a checkpoint; what it lacks (as PaddleViT's do) is said and starts fresh.
+    """Goes on from a checkpoint; what it lacks, as PaddleViT's do, starts fresh with a warning.
 
     The model has its weights already.
 
@@ -232,14 +233,18 @@ def restore(training, tree, path):
             training.best = {**training.best, **tree.get("best", {})}
     else:
         epoch = training.place.epoch + 1
-        log.warning(f"{path} has no epoch: starting at {epoch} with its weights")
+        log.warning(f"{path} has no epoch: its weights are used, training starts at epoch {epoch}")
     if not restore_optimizer(training.optimizer, training.run.model, tree.get("optimizer")):
-        log.warning(f"{path} has no optimizer state that can be matched: it starts fresh")
+        log.warning(
+            f"{path} has no optimizer state that fits this model: the optimizer starts fresh"
+        )
     if training.scaler.is_enable() and tree.get("amp_grad_scaler"):
         training.scaler.load_state_dict(tree["amp_grad_scaler"])
     if config.TRAIN.MODEL_EMA:
         if not tree.get("model_ema"):
-            log.warning(f"{path} has no averaged weights (EMA): they start from the model's")
+            log.warning(
+                f"{path} has no averaged weights (EMA): the average starts from the model's"
+            )
         assign_weights(training.ema.average, tree.get("model_ema") or tree["model"], path)
     log.info(f"going on with {_describe_next(training)} from {path}")
     training.saved, training.saved_place = path, training.place
@@ -253,7 +258,7 @@ def _describe_next(training):
 
 
 def _move_to_place(training, tree, path):
-    """Epoch, batch and step of a checkpoint; with other facts, the same place in the epoch."""
+    """Sets epoch, batch and step; with other ranks, batches or images, after as many images."""
     facts, old = run_facts(training), tree.get("run", {})
     layout = ("images", "ranks", "batch_size", "accum_iter")
     batch = tree.get("batch", 0)
@@ -279,7 +284,7 @@ def _move_to_place(training, tree, path):
 
 
 def restore_optimizer(optimizer, model, state):
-    """Puts what optimizer_state gave back.  Returns whether every tensor was there and fits."""
+    """Loads what optimizer_state gave, all or none.  Returns whether every tensor fits."""
     _create_accumulators(optimizer, [p for p in model.parameters() if not p.stop_gradient])
     current = optimizer.state_dict()
     names = _state_names(model, current)

@@ -34,7 +34,7 @@ class Training:
         accum_iter: batches per optimizer step; the last step of an epoch may have fewer.
         place: how far training is.
         best: the best validation's acc1 and epoch.
-        saved, saved_place: the last checkpoint's path, and what it holds.
+        saved, saved_place: the last checkpoint's path and place.
 
     Raises:
         ConfigError, DataError: this cannot be trained.
@@ -90,7 +90,10 @@ class Training:
         )
         log.info(str(rate))
         if self.accum_iter < train.ACCUM_ITER:
-            log.warning(f"TRAIN.ACCUM_ITER: an epoch has only {self.batches} batches, taking those")
+            log.warning(
+                f"TRAIN.ACCUM_ITER is {train.ACCUM_ITER}, but an epoch has only {self.batches} "
+                "batches: a step takes all of them"
+            )
         if rate.warmup > rate.total:
             log.warning(
                 f"warm-up is longer than the whole run of {rate.total} steps: the learning rate "
@@ -103,11 +106,11 @@ class Training:
         """Trains the remaining epochs, with validation and checkpoints between them.
 
         Returns:
-            The exit status: 0, or 128 + a signal's number where the run was asked to end and has
-            saved the place where it is.
+            The exit status: 0, or 128 + the signal's number where a signal ended the run, after it
+            saved its place.
 
         Raises:
-            NonFiniteLoss: going on would spoil the weights; nothing was saved since they were good.
+            NonFiniteLoss: a loss or a weight is infinite or NaN; no checkpoint has it.
         """
         try:
             with stop.request.finishing():
@@ -173,7 +176,7 @@ class Training:
         self.run.metrics.write(kind="eval", epoch=epoch, weights=weights, **scores)
         if not np.isfinite(scores["loss"]):
             raise NonFiniteLoss(
-                f"the validation loss is {scores['loss']} after epoch {epoch}: it is not saved"
+                f"the validation loss is {scores['loss']} after epoch {epoch}, which is not saved"
             )
         return scores
 
@@ -210,8 +213,8 @@ class Training:
                 mean_loss = recent.read()
                 if not np.isfinite(mean_loss):
                     raise NonFiniteLoss(
-                        f"the loss is {mean_loss} in epoch {epoch}, at batch {batch + 1} or in the "
-                        f"{recent.count - 1} before"
+                        f"the loss is {mean_loss} in epoch {epoch}, at batch {batch + 1} or one "
+                        f"of the {recent.count - 1} before it"
                     )
                 speed = self.run.world_size * images_seen / (time.perf_counter() - start)
                 self._report(epoch, batch + 1, mean_loss, speed, bar)
@@ -243,7 +246,7 @@ class Training:
         with synchronize():
             with self.run.autocast():
                 logits = self.model(images)
-            # Not its own mean: there Paddle 2.6 looks for labels to ignore, and the host waits.
+            # Not reduction="mean": Paddle 2.6 looks there for labels to ignore, and the host waits.
             losses = F.cross_entropy(
                 logits.astype("float32"), targets, soft_label=True, reduction="none"
             )
@@ -279,7 +282,7 @@ class Training:
 
     def _save_or_stop(self, epoch, batch, losses):
         """After an optimizer step: saves, or ends the run, where it is time to."""
-        # Of steps that loss scaling skipped too: the same count on every rank and in every run.
+        # Steps that loss scaling skipped count too: the same count on every rank and in every run.
         steps = (epoch - 1) * self.steps_per_epoch + -(-batch // self.accum_iter)
         due_to_stop = stop.request.is_due_after(steps)
         frequency = self.config.SAVE_FREQ_STEPS
@@ -287,7 +290,7 @@ class Training:
         if due_to_stop or due_to_save or batch == self.batches:
             loss = losses.read()
             if not np.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is {loss} in epoch {epoch}, by batch {batch}")
+                raise NonFiniteLoss(f"the loss is {loss} in epoch {epoch}, up to batch {batch}")
             self.place = Place(epoch - 1, batch, loss)
         if due_to_save:
             self._save()

@@ -2,7 +2,7 @@
 
 A weight file is read without running code from it, a checkpoint is whole or not there, and weights
 go into a model all or none.  Change it only with tests/test_pdparams.py and tests/test_faults.py at
-hand: nobody checks by eye what they promise.
+hand: what they promise cannot be seen by reading.
 
     from weights import assign_weights, load_weights, resample_weights
 """

@@ -57,7 +57,8 @@ def check_weights(model, weights, path, allow_new_head=False):
     """Raises NotThisModel, with the first few differences, where weights do not fit a model.
 
     Returns:
-        The names of the head's parameters where they have another number of classes and may.
+        The head's parameter names where the head has another number of classes and
+        allow_new_head is set, otherwise [].
     """
     if any(name.startswith(("stem.proj.", "blocks.")) for name in weights):
         raise NotThisModel(
@@ -123,7 +124,7 @@ def load_into(model, path, allow_new_head=False):
         model, path, allow_new_head: see assign_weights.
 
     Returns:
-        A sentence about each thing that did not fit as it was; most often none.
+        Sentences about what was changed to fit (resampled projections, a new head); usually none.
 
     Raises:
         WeightsError: as load_weights and assign_weights.
@@ -148,8 +149,8 @@ def load_into(model, path, allow_new_head=False):
 def save(folder, tree, names=(), last_good=None):
     """Writes a checkpoint as `last.pdparams`; the one before becomes `previous.pdparams`.
 
-    Whenever the process is killed, the newest complete checkpoint has a name and so has another:
-    in between that name is `new.pdparams`, which `-resume auto` finds like any other.
+    A kill at any moment leaves the newest complete checkpoint and the one before it, each under
+    some name; the newest may be `new.pdparams`, which `-resume auto` finds too.
 
     Args:
         folder: the run's folder.

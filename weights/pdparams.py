@@ -26,7 +26,7 @@ from weights.unpickle import (
 
 _OPCODES_OF_TENSOR = 40  # at most, with its name: `write` makes no file that is too much for `read`
 _MAX_DEPTH = 32
-_MAX_SIZE = 4 << 30  # a B/16 training checkpoint with EMA takes 1.2 GB; a file with holes, nothing
+_MAX_SIZE = 4 << 30  # a B/16 training checkpoint with EMA takes 1.2 GB
 _MAX_HEADER = 4 << 20  # of a .safetensors; S/16's takes 30 KB, one of 100 MB twenty seconds
 
 _TRAILER = b"\x00gMLP SHA-256 1\n"  # then the digest of every byte before this marker
@@ -149,7 +149,9 @@ def _size_without_trailer(file, require_checksum):
         raise WeightsError(f"takes {size:,} bytes, more than weights do: use another file")
     body = max(0, size - _TRAILER_SIZE)
     file.seek(body)
-    trailer = file.read(size - body)  # not a byte of those in /proc that have no size, but block
+    trailer = file.read(
+        size - body
+    )  # nothing of files in /proc, whose size is 0 and whose read may block
     file.seek(0)
     if not trailer.startswith(_TRAILER):
         if require_checksum:
