@@ -49,9 +49,12 @@ def table_row(config):
     from training.run import build_model
 
     model, size = build_model(config), config.DATA.IMAGE_SIZE
-    parameters = sum(int(param.size) for param in model.parameters())
-    counts = f"{parameters:,} | {count_multiply_adds(model, size):,}"
+    counts = f"{count_parameters(model):,} | {count_multiply_adds(model, size):,}"
     return f"| {config.MODEL.NAME} | {counts} | {model.sizes.num_tokens} | {size} |"
+
+
+def count_parameters(model):
+    return sum(int(param.size) for param in model.parameters())
 
 
 def count_multiply_adds(model, image_size):
