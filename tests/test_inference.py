@@ -90,7 +90,12 @@ def test_evaluation_gives_the_layers_scores(trained, few_digits, tmp_path, kind,
         ("auto", 0, False, None),
         ("layers", 0, True, None),
         ("float32", 1000, True, "computes the evaluation in float32 (CPU_INFERENCE float32)"),
-        ("bfloat16", 0, False, "CPU_INFERENCE bfloat16 needs Paddle 3: the layers compute it"),
+        (
+            "bfloat16",
+            0,
+            False,
+            "CPU_INFERENCE bfloat16 needs Paddle 3: evaluating with the model's layers",
+        ),
     ],
 )
 def test_it_is_used_where_asked_for_or_worth_it(

@@ -8,6 +8,7 @@ gates' spatial projections are linear layers); LayerNorm, GELU and sums are left
 """
 
 import argparse
+import collections
 import math
 import sys
 from pathlib import Path
@@ -57,26 +58,29 @@ def count_parameters(model):
     return sum(int(param.size) for param in model.parameters())
 
 
-def count_multiply_adds(model, image_size):
-    """Multiply-adds of one image, counted by the layers themselves during a forward pass.
+def matrix_products(model, image_size):
+    """The matrix products of one image's forward pass, as the layers themselves do them.
 
     Args:
         model: takes float32 images [1, channels, image_size, image_size].
         image_size: height and width in pixels.
 
     Returns:
-        int, the sum over every call of a Conv2D or a Linear.
+        A Counter of (rows, inner, columns), [rows, inner] x [inner, columns]: one for every call of
+        a Linear, and of a Conv2D, which multiplies patches by filters.
     """
     import paddle
     from paddle import nn
 
-    counts = []
+    products = collections.Counter()
 
     def count(layer, inputs, output):
-        # Each output element is a dot product with one filter, or with one column of a Linear.
-        weights = layer.weight.shape[1:] if isinstance(layer, nn.Conv2D) else layer.weight.shape[:1]
+        if isinstance(layer, nn.Conv2D):
+            columns, inner = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
+        else:
+            inner, columns = layer.weight.shape
         outputs = output if isinstance(output, tuple) else [output]
-        counts.append(math.prod(weights) * sum(int(part.size) for part in outputs))
+        products[sum(int(part.size) for part in outputs) // columns, inner, columns] += 1
 
     layers = [layer for layer in model.sublayers() if isinstance(layer, (nn.Conv2D, nn.Linear))]
     hooks = [layer.register_forward_post_hook(count) for layer in layers]
@@ -88,7 +92,13 @@ def count_multiply_adds(model, image_size):
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(counts)
+    return products
+
+
+def count_multiply_adds(model, image_size):
+    """Multiply-adds of one image: those of its matrix_products."""
+    products = matrix_products(model, image_size)
+    return sum(math.prod(shape) * times for shape, times in products.items())
 
 
 if __name__ == "__main__":
