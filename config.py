@@ -82,7 +82,7 @@ _KEYS = {
     "TRAIN.WEIGHT_DECAY": _real(0.1, 0),  # AdamW's; not on biases and norms
     "TRAIN.BASE_LR": _real(1e-3, 0),  # learning rate after warm-up, before linear scaling
     "TRAIN.WARMUP_START_LR": _real(1e-6, 0),  # learning rate of the first step, before scaling
-    "TRAIN.END_LR": _real(1e-5, 0),  # learning rate at the end of the cosine, before scaling
+    "TRAIN.END_LR": _real(1e-5, 0),  # learning rate at the run's end, before scaling
     "TRAIN.LR_SCHEDULE": _text("cosine", choices=["cosine"]),  # new: its curve after warm-up
     "TRAIN.GRAD_CLIP": _real(None, _ABOVE_0, none=True),  # largest global norm of the gradients
     "TRAIN.ACCUM_ITER": _whole(1, 1),  # batches whose gradients make one optimizer step

@@ -135,7 +135,7 @@ def test_the_configs_choices_are_the_tables():
             config_of_text(f"TRAIN.{key}", name)
         with pytest.raises(ConfigError) as error:
             config_of_text(f"TRAIN.{key}", "no such")
-        assert re.findall(r"'(\w+)'", str(error.value).split(", not ")[0]) == list(table)
+        assert re.findall(r"'([^']+)'", str(error.value).split(", not ")[0]) == list(table)
 
 
 def config_of_text(key, value):

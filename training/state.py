@@ -116,6 +116,10 @@ def run_facts(training):
     }
 
 
+# What every run had before checkpoints said so.
+_BEFORE_IT_WAS_WRITTEN = {"optimizer": "AdamW", "lr_schedule": "cosine"}
+
+
 def optimizer_state(optimizer, model):
     """The optimizer's tensors under structured names, such as `head.weight.moment1`.
 
@@ -260,6 +264,8 @@ def _describe_next(training):
 def _move_to_place(training, tree, path):
     """Sets epoch, batch and step; with other ranks, batches or images, after as many images."""
     facts, old = run_facts(training), tree.get("run", {})
+    if old:
+        old = {**_BEFORE_IT_WAS_WRITTEN, **old}
     layout = ("images", "ranks", "batch_size", "accum_iter")
     batch = tree.get("batch", 0)
     step = tree.get("step", tree["epoch"] * training.steps_per_epoch)
