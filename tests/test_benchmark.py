@@ -1,5 +1,6 @@
 """tools/benchmark: what it asks, in which order, and what it makes of the answers; no timing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,32 +8,34 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from program import CONFIG, ROOT, run, run_tool
 
-from config import ConfigError
+from config import get_config
 from tools.benchmark import __main__ as benchmark
-from tools.benchmark import ours
-from tools.benchmark import plan as benchmark_plan
-from tools.benchmark.plan import Device, exchange_seconds, image_seconds, plan, step_seconds
-from tools.benchmark.turns import Entry, Group, Worker, make_images, summarize, timing_table
+from tools.benchmark import plan as planner
+from tools.benchmark import worker
+from tools.benchmark.images import make_images
+from tools.benchmark.plan import Device, exchange_seconds, facts, step_seconds
+from tools.benchmark.turns import Bench, Row, Worker, summarize
 from tools.common import Failed
+from utils import UserError
 
 TOOL = ROOT / "tools" / "benchmark"
-# What ours.facts counts for S/16 and B/16.
+S16_CONFIG = str(ROOT / "configs" / "gmlp_s16_224.yaml")
+# What facts() counts for S/16 and B/16.
 S16 = {"multiply_adds": 4_392_060_928, "parameters": 19_422_656, "kept_bytes": 145_406_488}
 B16 = {"multiply_adds": 15_720_452_096, "parameters": 73_075_392, "kept_bytes": 289_807_896}
 RTX_3090 = Device(71, 24, 936, 32, 1, 1, 16)
 
 
-def of_seconds(name, role, *seconds, images=None):
-    """An entry that answers with these seconds, one after the other."""
-    answers = iter(seconds)
-    extra = {"images": images} if images else {}
-    return Entry(name, role, lambda: {"seconds": next(answers), **extra})
+def answers(*seconds, images=None):
+    """What a row answers, turn by turn."""
+    return [{"seconds": each, "images": images} for each in seconds]
 
 
 def test_help_and_wrong_flags_answer_without_paddle(tmp_path):
@@ -40,10 +43,10 @@ def test_help_and_wrong_flags_answer_without_paddle(tmp_path):
     result = run([sys.executable, TOOL, "eval", "-h"], PYTHONPATH=str(tmp_path)).check()
     assert "-peer PYTHON" in result.out
     for args, part in (
-        (["eval", "-repetitions", "0"], "0 is not at least 1"),
+        (["eval", "-repetitions", "0"], "0 is not between 1 and 1,000,000,000"),
         (["eval", "-batch_size", "many"], "invalid whole number value"),
         (["plan", "-device", "tpu"], "invalid choice: 'tpu'"),
-        (["plan", "-cores", "0"], "0 is not between 0.000001 and 1,000,000,000"),
+        (["plan", "-cores", "0"], "0 is not between 0.001 and 1,000,000,000"),
         (["plan", "-link", "nan"], "nan is not between"),
         (["plan", "-loader_rate", "inf"], "inf is not between"),
         (["plan", "-peak", "fast"], "invalid number value"),
@@ -77,20 +80,21 @@ def test_an_image_of_the_users_that_is_broken_is_named_with_its_line(tmp_path):
     result.refused(2, f"{tmp_path}/val_list.txt:3: cannot read {tmp_path}/broken.jpg")
 
 
-def test_entries_take_turns_and_the_warmup_does_not_count(tmp_path, monkeypatch):
+def test_rows_take_turns_and_the_warmup_does_not_count(tmp_path, monkeypatch):
     order = []
 
-    def entry(name, seconds):
+    def row(name, seconds):
         def measure():
             order.append(name)
             return {"seconds": seconds * (100 if len(order) <= 2 else 1), "images": 10}
 
-        return Entry(name, "ours", measure)
+        return Row(name, measure)
 
     def fake(bench):
-        bench.measure(Group("a title", [entry("ours", 2.0), entry("timm", 3.0)]))
+        """A subcommand."""
+        bench.measure("a title", [row("ours", 2.0), None, row("timm", 3.0)])
 
-    monkeypatch.setitem(benchmark.COMMANDS, "start", (fake, "", ("repetitions", "warmup")))
+    monkeypatch.setitem(benchmark.COMMANDS, "start", (fake, benchmark.TURNS))
     path = tmp_path / "result.json"
     args = ["start", "-repetitions", "3", "-warmup", "1", "-json", path]
     result = run_tool(benchmark, *args).check()
@@ -112,9 +116,10 @@ def test_entries_take_turns_and_the_warmup_does_not_count(tmp_path, monkeypatch)
 
 def test_a_result_that_failed_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(bench):
+        """A subcommand."""
         raise Failed("it broke")
 
-    monkeypatch.setitem(benchmark.COMMANDS, "start", (fails, "", ()))
+    monkeypatch.setitem(benchmark.COMMANDS, "start", (fails, {}))
     path = tmp_path / "result.json"
     path.write_text("old")
     run_tool(benchmark, "start", "-json", path).refused(1, "it broke")
@@ -123,61 +128,102 @@ def test_a_result_that_failed_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_ratios_are_of_the_same_turn_and_of_images():
     # The machine is twice as slow in the second turn, which a ratio of medians would see.
-    entries = [
-        of_seconds("ours", "ours", 1.0, 2.0, 1.0, images=10),
-        of_seconds("timm", "peer", 2.0, 4.0, 4.0, images=20),
-    ]
-    answers = [[entry.measure() for _ in range(3)] for entry in entries]
-    ours, timm = summarize(Group("", entries), answers)
-    assert ours["ratio"] == 1 and timm["ratio"] == 1  # of 1, 1 and 2
+    ours = answers(1.0, 2.0, 1.0, images=10)
+    timm = summarize("timm", answers(2.0, 4.0, 4.0, images=20), ours)
+    assert timm["ratio"] == 1  # of 1, 1 and 2
     assert timm["images_per_second"] == pytest.approx(5)
+    assert summarize("ours", ours, ours)["ratio"] == 1
 
 
-def test_a_table_without_images_has_seconds_alone():
-    entries = [of_seconds("ours", "ours", 0.5), of_seconds("limit", "limit", 0.25)]
-    rows = summarize(Group("", entries), [[entry.measure()] for entry in entries])
-    header, cells = timing_table(rows)
-    assert header[-2:] == ["images/s", "ours / this"]
-    assert [line[-2:] for line in cells] == [["", ""], ["", "0.50"]]
+def test_a_row_without_images_has_seconds_alone():
+    limit = summarize("limit", answers(0.25), answers(0.5))
+    assert (limit["images_per_second"], limit["ratio"]) == (None, 0.5)
 
 
-def test_a_worker_answers_with_facts_runs_and_errors(tmp_path):
+@pytest.fixture
+def start_worker(tmp_path):
+    """Starts a worker of one case, whose work answers as the job's `result` says."""
     script = tmp_path / "worker.py"
     script.write_text(
         textwrap.dedent(f"""
         import sys
+        from types import SimpleNamespace
         sys.path.insert(0, {str(ROOT)!r})
         from tools.benchmark import worker
 
-        def case(wrong):
+        def case(job):
             print("a library's remark")
-            def run():
-                if wrong:
+            def work():
+                if job.result == "wrong":
                     raise ValueError("no such\\nluck")
-                return {{"seconds": 1.0}}
-            return run, {{"fact": 7}}
+                return job.result and vars(job.result)
+            return work, 5
 
-        worker.serve({{"versions": lambda: (None, {{"python": "3"}}), "case": case}})
+        worker.serve(SimpleNamespace(VERSIONS={{"library": "7"}}, case=case))
         """)
     )
-    worker = Worker("ours", [sys.executable, str(script)], 1)
-    try:
-        assert worker.versions() == {"python": "3"}
-        measure = worker.prepare("case", wrong=False)
-        broken = worker.prepare("case", wrong=True)
-        assert measure.facts == {"fact": 7} and measure() == {"seconds": 1.0}
+    started = []
+
+    def start(**job):
+        started.append(Worker("ours", [sys.executable, str(script)], os.environ))
+        return started[-1], started[-1].ask(case="case", added_memory=False, **job)
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def test_a_worker_tells_its_versions_then_how_long_its_work_took(start_worker):
+    one, versions = start_worker(result=None)
+    assert versions["library"] == "7" and set(versions) == {"python", "library"}
+    answer = one.ask()
+    assert set(answer) == {"seconds", "images"} and answer["images"] == 5
+    assert 0 < answer["seconds"] < 1
+    one, _ = start_worker(result={"seconds": 8.0, "added": 9})
+    assert one.ask() == one.ask() == {"seconds": 8.0, "images": 5, "added": 9}
+
+
+def test_what_goes_wrong_in_a_worker_is_one_sentence(start_worker):
+    one, _ = start_worker(result="wrong")
+    for _ in range(2):
         with pytest.raises(Failed, match="ours: ValueError: no such luck"):
-            broken()
-        assert measure() == {"seconds": 1.0}
-    finally:
-        worker.close()
+            one.ask()
+
+
+def test_a_worker_does_not_see_what_importing_paddle_sets_here(tmp_path, monkeypatch):
+    peer = tmp_path / "peer"
+    peer.write_text(
+        f"#!/bin/sh\necho ${{KMP_BLOCKTIME-unset}} $OMP_NUM_THREADS > {tmp_path}/seen\n"
+    )
+    peer.chmod(0o755)
+    monkeypatch.delenv("KMP_BLOCKTIME", raising=False)
+    bench = Bench(SimpleNamespace(peer=str(peer), threads=3), str(tmp_path))
+    monkeypatch.setenv("KMP_BLOCKTIME", "1")
+    with contextlib.closing(bench), pytest.raises(Failed, match="peer has ended"):
+        bench.peer("timm", None)
+    assert (tmp_path / "seen").read_text() == "unset 3\n"
+
+
+def test_training_has_three_times_the_products_of_a_forward_pass():
+    class Matrix(SimpleNamespace):
+        def __matmul__(self, other):
+            assert self.columns == other.rows
+            done.append(self.rows * self.columns * other.columns)
+
+    products = [[3, 5, 7, 2], [2, 3, 5, 1]]  # of an image
+    for train, passes in ((False, 1), (True, 3)):
+        done = []
+        job = SimpleNamespace(products=products, batch_size=4, batches=6, train=train)
+        work, images = worker.products(job, lambda m, n: Matrix(rows=m, columns=n))
+        work()
+        assert images == 24 and sum(done) == 24 * passes * (2 * 3 * 5 * 7 + 2 * 3 * 5)
 
 
 def test_a_peer_that_ends_or_is_no_program_is_one_sentence():
     with pytest.raises(Failed, match=r"peer has ended \(exit status 3\)"):
-        Worker("peer", [sys.executable, "-c", "import sys; sys.exit(3)"], 1).versions()
-    with pytest.raises(ConfigError, match="/gone/python cannot be started: No such file"):
-        Worker("peer", ["/gone/python"], 1)
+        Worker("peer", [sys.executable, "-c", "import sys; sys.exit(3)"], os.environ).ask()
+    with pytest.raises(UserError, match="/gone/python cannot be started: No such file"):
+        Worker("peer", ["/gone/python"], os.environ)
 
 
 def test_images_are_parts_of_real_photographs(tmp_path):
@@ -291,12 +337,13 @@ def _children(pid):
 
 
 def test_the_plan_gives_the_rates_that_timm_publishes_for_an_rtx_3090():
-    for model, published in ((S16, 657.63), (B16, 275.97)):
-        assert 1 / sum(image_seconds(model, RTX_3090)) == pytest.approx(published, rel=0.02)
+    for model, batch_size, published in ((S16, 192, 657.63), (B16, 96, 275.97)):
+        seconds = sum(step_seconds(model, RTX_3090, 1, batch_size).values())
+        assert batch_size / seconds == pytest.approx(published, rel=0.02)
 
 
 def test_an_exchange_is_a_ring_in_each_host_then_one_between_hosts():
-    device = Device(1, 1, 1, link=10, devices=4, network=2, cores=8)
+    device = Device(1, 1, 1, link=10, in_host=4, network=2, cores=8)
     assert exchange_seconds(1e9, 1, device) == 0
     assert exchange_seconds(1e9, 2, device) == pytest.approx(2 * (1 / 2) * 1 / 10)
     assert exchange_seconds(1e9, 4, device) == pytest.approx(2 * (3 / 4) * 1 / 10)
@@ -304,9 +351,10 @@ def test_an_exchange_is_a_ring_in_each_host_then_one_between_hosts():
 
 
 def planned(devices, loader_rate=250, device="a100", **changes):
-    model = {**S16, "kept_bytes_recompute": 15e6, "ema": False, **changes}
-    card = benchmark_plan.DEVICES[device]
-    return plan(model, card, devices, loader_rate, 1_281_167, 4096, 256, 300, False)
+    """The plan of the S/16 recipe: 300 epochs, 4,096 images a step, 256 on a device."""
+    model, config = {**S16, **changes}, get_config(S16_CONFIG)
+    one = planner.plan(model, config, planner.DEVICES[device], devices, loader_rate, 1_281_167)
+    return SimpleNamespace(**one)
 
 
 def test_a_plan_keeps_the_recipes_batch_on_any_number_of_devices():
@@ -331,43 +379,36 @@ def test_a_plan_names_the_bottleneck():
 
 def test_memory_is_state_and_what_passes_keep():
     model = {**S16, "kept_bytes_recompute": 15e6}
-    device = RTX_3090._replace(kept_share=0.5)
     state = 16 * S16["parameters"]
-    memory = benchmark_plan.memory_bytes
-    assert memory(model, device, 0) == state
-    assert memory(model, device, 10) == state + 5 * S16["kept_bytes"]
-    assert memory(model, device, 10, recompute=True) == state + 5 * 15e6
-    assert memory(model, device, 0, ema=True) == 20 * S16["parameters"]
+    memory = planner.memory_bytes
+    assert memory(model, 0) == state
+    assert memory(model, 10) == state + 7.5 * S16["kept_bytes"]
+    assert memory(model, 10, recompute=True) == state + 7.5 * 15e6
+    assert memory(model, 0, ema=True) == 20 * S16["parameters"]
 
 
 def test_a_batch_that_devices_cannot_share_evenly_is_the_nearest():
     for devices, images in ((9, 9 * 228 * 2), (5000, 5000), (4096, 4096)):
         one = planned(devices)
-        assert one.devices * one.batch_size * one.accum_iter == images
+        assert one.images_per_step == one.devices * one.batch_size * one.accum_iter == images
 
 
 def test_a_measured_step_tells_the_bandwidth():
-    seconds = sum(step_seconds(S16, RTX_3090, 1, 8).values())
-    bandwidth = benchmark_plan.bandwidth_of(seconds, S16, RTX_3090.peak, 8)
-    assert bandwidth == pytest.approx(RTX_3090.bandwidth)
+    for devices in (1, 4):
+        seconds = sum(step_seconds(S16, RTX_3090, devices, 8).values())
+        device = RTX_3090._replace(bandwidth=5)
+        device = planner.with_bandwidth(device, S16, devices, 8, seconds)
+        assert device.bandwidth == pytest.approx(RTX_3090.bandwidth)
 
 
 def test_the_counted_facts_fit_together():
-    from config import get_config
-    from gmlp import build_gmlp
-    from tools.model_table import count_multiply_adds
-
-    _, facts = ours.facts(str(CONFIG))
-    config = get_config(CONFIG)
-    counted = ours.facts(str(ROOT / "configs" / "gmlp_s16_224.yaml"))[1]
+    counted = facts(get_config(S16_CONFIG))
     assert {key: counted[key] for key in S16} == S16
-    multiply_adds = count_multiply_adds(build_gmlp(config), config.DATA.IMAGE_SIZE)
-    assert facts["multiply_adds"] == multiply_adds
-    # Blocks are alike, so that two of them tell what four keep.
-    assert facts["kept_bytes"] == ours._kept_bytes(config)
-    assert facts["kept_bytes_recompute"] < facts["kept_bytes"]
-    assert facts["total_batch"] == 64
-    # The limit has a forward pass's products, and in training three times as many.
-    for train, passes in ((False, 1), (True, 3)):
-        measure, _ = ours.products(str(CONFIG), 2, 1, train)
-        assert measure()["flops"] == 2 * 2 * passes * multiply_adds
+    assert len(counted["products"]) < 10  # of as many kinds; blocks are alike
+    products = sum(m * k * n * times for m, k, n, times in counted["products"])
+    assert products == counted["multiply_adds"]
+    # What recomputation keeps: what is outside of blocks, all their inputs, and one block.
+    config = get_config(S16_CONFIG)
+    config.MODEL.MIXER.DEPTH = 1
+    block_inputs = 30 * 4 * 196 * 256
+    assert counted["kept_bytes_recompute"] == facts(config)["kept_bytes"] + block_inputs

@@ -1,4 +1,4 @@
-"""What training would take on other devices: benchmark.py's subcommand `plan`.
+"""What training would take on other devices: the subcommand `plan`.
 
 Everything but the constants below is counted, measured or given; the README has the formulas in
 words.
@@ -6,14 +6,11 @@ words.
 
 import math
 import statistics
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
-
+from config import get_config
 from tools import common
-from tools.benchmark.turns import prepare_images
+from tools.benchmark.images import prepare_images
 
 # timm publishes 657.63 images/s for training gmlp_s16_224 and 275.97 for gmlp_b16_224 on an RTX
 # 3090 under AMP (results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv in its repository).  Less
@@ -27,25 +24,19 @@ KEPT_SHARE_AMP = 0.75
 # AdamW reads weight, gradient and two moments and writes all but the gradient, in float32.
 OPTIMIZER_TRAFFIC = 7 * 4  # bytes per parameter
 STATE_BYTES = 4 * 4  # per parameter: weight, gradient, two moments in float32
+SMALL = str(common.ROOT / "configs" / "gmlp_ti16_224.yaml")
 
 
 class Device(NamedTuple):
-    """A device and the host around it.
+    """A device and the host around it."""
 
-    peak: matrix products, TFLOP/s, float16 or bfloat16 with float32 sums, without sparsity.
-    memory: GB.  bandwidth: of its memory, GB/s.
-    link: to the other devices of its host, GB/s each way.
-    devices: in a host.  network: of a host, GB/s each way.  cores: of a host.
-    """
-
-    peak: float
-    memory: float
-    bandwidth: float
-    link: float
-    devices: int
-    network: float
-    cores: int
-    kept_share: float = KEPT_SHARE_AMP
+    peak: float  # matrix products, TFLOP/s: 16 bits with float32 sums, without sparsity
+    memory: float  # GB
+    bandwidth: float  # of its memory, GB/s
+    link: float  # to the other devices of its host, GB/s each way
+    in_host: int  # devices
+    network: float  # of a host, GB/s each way
+    cores: int  # of a host
 
 
 # NVIDIA's data sheets, as the pages in brackets give their numbers; links are half of the
@@ -69,211 +60,219 @@ DEVICES = {
 }
 
 
-class Plan(NamedTuple):
-    """What `devices` devices make of a recipe; see the README for each."""
+def facts(config):
+    """What is counted of a config's model.
 
-    devices: int
-    batch_size: int  # per device
-    accum_iter: int
-    images_per_second: float
-    hours: float
-    memory: float  # GB per device
-    cores: float  # per device, to keep it busy
-    bottleneck: str
-    seconds: dict  # of a step, by what takes them
+    Returns:
+        A dict: parameters; products, [rows, inner, columns, times] of an image's forward pass, and
+        their multiply_adds; kept_bytes, what the pass keeps for the backward pass in float32, and
+        kept_bytes_recompute, the same with TRAIN.RECOMPUTE.
+    """
+    common.import_paddle()
+    from gmlp import GMLP
+    from tools.model_table import count_multiply_adds, count_parameters, matrix_products
+    from training.run import build_model
+
+    sizes = build_model(config).sizes  # ConfigError where they make no model
+    model, one_block = GMLP(sizes), GMLP(sizes._replace(depth=1))
+    products = matrix_products(model, sizes.image_size)
+    block_inputs = 4 * sizes.depth * sizes.num_tokens * sizes.dim
+    return {
+        "parameters": count_parameters(model),
+        "products": [[*shape, times] for shape, times in products.items()],
+        "multiply_adds": count_multiply_adds(model, sizes.image_size),
+        "kept_bytes": kept_bytes(model),
+        "kept_bytes_recompute": kept_bytes(one_block) + block_inputs,
+    }
 
 
-def image_seconds(model, device, recompute=False):
-    """Seconds of one image's forward and backward pass: (matrix products, memory traffic)."""
-    # The backward pass has two products for each of the forward pass's; recomputation repeats that.
-    passes = 4 if recompute else 3
-    products = passes * 2 * model["multiply_adds"] / (device.peak * 1e12)
-    traffic = TRAFFIC_PER_KEPT_BYTE * model["kept_bytes"] * passes / 3
-    return products, traffic / (device.bandwidth * 1e9)
+def kept_bytes(model):
+    """What a forward pass in training keeps of an image for the backward pass."""
+    import paddle
+
+    channels, size = model.sizes.in_channels, model.sizes.image_size
+
+    def kept(batch_size):
+        tensors = {}  # the objects too, so that no memory is used twice
+
+        def keep(tensor):
+            tensors[tensor.data_ptr()] = tensor
+            return tensor
+
+        with paddle.autograd.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(paddle.zeros([batch_size, channels, size, size]))
+        return sum(int(tensor.size) * tensor.element_size() for tensor in tensors.values())
+
+    model.train()
+    return kept(2) - kept(1)  # so that weights do not count
+
+
+def traffic_bytes(model, images, recompute=False):
+    """Bytes that an optimizer step of `images` images moves in a device's memory."""
+    passes = 4 / 3 if recompute else 1
+    kept = TRAFFIC_PER_KEPT_BYTE * model["kept_bytes"] * passes
+    return images * kept + OPTIMIZER_TRAFFIC * model["parameters"]
 
 
 def exchange_seconds(num_bytes, devices, device):
     """A ring all-reduce within each host, then one between hosts."""
-    local = min(devices, device.devices)
-    hosts = math.ceil(devices / device.devices)
+    local = min(devices, device.in_host)
+    hosts = math.ceil(devices / device.in_host)
     seconds = 2 * (local - 1) / local * num_bytes / (device.link * 1e9)
     return seconds + 2 * (hosts - 1) / hosts * num_bytes / (device.network * 1e9)
 
 
-def step_seconds(model, device, devices, batch_size, accum_iter=1, recompute=False):
-    """Seconds of an optimizer step by what takes them, one after the other (a dict)."""
-    products, traffic = image_seconds(model, device, recompute)
-    images = batch_size * accum_iter
-    optimizer = model["parameters"] * OPTIMIZER_TRAFFIC / (device.bandwidth * 1e9)
+def step_seconds(model, device, devices, images, recompute=False):
+    """Seconds of an optimizer step by what takes them, one after the other.
+
+    Args:
+        model: facts().
+        images: of each device in a step.
+    """
+    # The backward pass has two products for each of the forward pass's; recomputation repeats that.
+    flops = images * (4 if recompute else 3) * 2 * model["multiply_adds"]
     return {
-        "matrix products": images * products,
-        "memory traffic": images * traffic + optimizer,
+        "matrix products": flops / (device.peak * 1e12),
+        "memory traffic": traffic_bytes(model, images, recompute) / (device.bandwidth * 1e9),
         "links": exchange_seconds(4 * model["parameters"], devices, device),
     }
 
 
-def memory_bytes(model, device, batch_size, recompute=False, ema=False):
+def with_bandwidth(device, model, devices, images, seconds):
+    """The device with the bandwidth by which a step that took `seconds` fits step_seconds."""
+    parts = step_seconds(model, device._replace(bandwidth=1), devices, images)
+    rest = seconds - parts["matrix products"] - parts["links"]
+    # Where those alone took longer than the step, noise is all there is to divide by.
+    return device._replace(bandwidth=parts["memory traffic"] / max(rest, 0.05 * seconds))
+
+
+def memory_bytes(model, batch_size, recompute=False, ema=False):
     """Bytes that training takes on a device: weights, gradients, moments, what passes keep."""
     kept = model["kept_bytes_recompute" if recompute else "kept_bytes"]
     state = model["parameters"] * (STATE_BYTES + (4 if ema else 0))
-    return state + batch_size * kept * device.kept_share
+    return state + batch_size * kept * KEPT_SHARE_AMP
 
 
-def plan(model, device, devices, loader_rate, images, total_batch, batch_size, epochs, recompute):
-    """The plan for a number of devices.
+def plan(model, config, device, devices, loader_rate, epoch_images):
+    """What `devices` devices make of a config's recipe; the README tells of the columns.
+
+    The images of an optimizer step stay the recipe's, as nearly as whole batches allow; its batch
+    size is the most that a device takes at a time.
 
     Args:
-        model: the facts of benchmark_ours.facts.
+        model: facts().
         loader_rate: images/s that a core decodes and augments; a device has its share of its
             host's cores.
-        images: of an epoch.
-        total_batch: images per optimizer step, the recipe's; kept as nearly as whole batches allow.
-        batch_size: the most that a device takes at a time.
     """
-    accum_iter = math.ceil(total_batch / (devices * batch_size))
-    batch_size = max(1, round(total_batch / (devices * accum_iter)))
-    seconds = step_seconds(model, device, devices, batch_size, accum_iter, recompute)
-    possible = devices * batch_size * accum_iter / sum(seconds.values())
-    cores = possible / devices / loader_rate
-    loaded = devices * device.cores / device.devices * loader_rate
+    recipe = config.TRAIN
+    total = recipe.LINEAR_SCALED_LR or config.DATA.BATCH_SIZE
+    accum_iter = math.ceil(total / (devices * config.DATA.BATCH_SIZE))
+    batch_size = max(1, round(total / (devices * accum_iter)))
+    images_per_step = devices * batch_size * accum_iter
+    seconds = step_seconds(model, device, devices, batch_size * accum_iter, recipe.RECOMPUTE)
+    possible = images_per_step / sum(seconds.values())
+    loaded = devices * device.cores / device.in_host * loader_rate
     rate = min(possible, loaded)
-    return Plan(
-        devices,
-        batch_size,
-        accum_iter,
-        rate,
-        epochs * images / rate / 3600,
-        memory_bytes(model, device, batch_size, recompute, model["ema"]) / 1e9,
-        cores,
-        "loader" if loaded < possible else max(seconds, key=seconds.get),
-        seconds,
-    )
-
-
-def bandwidth_of(seconds, model, peak, batch_size):
-    """The GB/s of memory with which a measured step of one device fits step_seconds."""
-    products = batch_size * 3 * 2 * model["multiply_adds"] / (peak * 1e12)
-    traffic = batch_size * TRAFFIC_PER_KEPT_BYTE * model["kept_bytes"]
-    traffic += model["parameters"] * OPTIMIZER_TRAFFIC
-    # Where products alone took longer than the step, noise is all there is to divide by.
-    return traffic / max(seconds - products, 0.05 * seconds) / 1e9
+    return {
+        "devices": devices,
+        "batch_size": batch_size,
+        "accum_iter": accum_iter,
+        "images_per_step": images_per_step,
+        "images_per_second": rate,
+        "hours": recipe.NUM_EPOCHS * epoch_images / rate / 3600,
+        "memory": memory_bytes(model, batch_size, recipe.RECOMPUTE, recipe.MODEL_EMA) / 1e9,
+        "cores": possible / devices / loader_rate,
+        "bottleneck": "loader" if loaded < possible else max(seconds, key=seconds.get),
+        "seconds": seconds,
+    }
 
 
 def run(bench):
-    args = bench.args
-    if args.check:
-        return check_plan(bench)
-    given = {
-        name: getattr(args, name)
-        for name in ("peak", "memory", "bandwidth", "link", "network", "cores")
-        if getattr(args, name) is not None
-    }
+    args, config = bench.args, bench.config
+    config.DATA.BATCH_SIZE = args.batch_size or config.DATA.BATCH_SIZE
+    config.TRAIN.LINEAR_SCALED_LR = args.total_batch or config.TRAIN.LINEAR_SCALED_LR
+    config.TRAIN.RECOMPUTE = args.recompute or config.TRAIN.RECOMPUTE
+    given = {name: value for name, value in vars(args).items() if name in Device._fields and value}
     device = DEVICES[args.device]._replace(**given)
-    worker = bench.ours(1)
-    model = worker.prepare("facts", cfg=args.cfg).facts
-    rate = args.loader_rate or measured_loader_rate(bench, worker)
-    recompute = args.recompute or model["recompute"]
-    plans = [
-        plan(
-            model, device, devices, rate, args.epoch_images,
-            args.total_batch or model["total_batch"], args.batch_size or model["batch_size"],
-            model["epochs"], recompute,
-        )
-        for devices in args.devices
-    ]  # fmt: skip
+    model, rate = facts(config), args.loader_rate or measured_loader_rate(bench)
+    plans = [plan(model, config, device, n, rate, args.epoch_images) for n in args.devices]
     print(
-        f"{model['name']}: {model['parameters']:,} parameters, {model['multiply_adds']:,} "
+        f"{config.MODEL.NAME}: {model['parameters']:,} parameters, {model['multiply_adds']:,} "
         f"multiply-adds, {model['kept_bytes'] / 1e6:.0f} MB kept per image; "
         f"a core loads {rate:.0f} images/s"
     )
-    header = [
-        "devices", "batch x accum", "images/step", "images/s", "hours", "GB", "cores", "bottleneck",
-    ]  # fmt: skip
     cells = [
-        [
-            str(one.devices),
-            f"{one.batch_size} x {one.accum_iter}",
-            f"{one.devices * one.batch_size * one.accum_iter:,}",
-            f"{one.images_per_second:,.0f}",
-            f"{one.hours:,.1f}",
-            f"{one.memory:.1f}" + (" (too much)" if one.memory > device.memory else ""),
-            f"{one.cores:.1f}",
-            one.bottleneck,
-        ]
+        {
+            "devices": str(one["devices"]),
+            "batch x accum": f"{one['batch_size']} x {one['accum_iter']}",
+            "images/step": f"{one['images_per_step']:,}",
+            "images/s": f"{one['images_per_second']:,.0f}",
+            "hours": f"{one['hours']:,.1f}",
+            "GB": f"{one['memory']:.1f}" + (" (too much)" * (one["memory"] > device.memory)),
+            "cores": f"{one['cores']:.1f}",
+            "bottleneck": one["bottleneck"],
+        }
         for one in plans
     ]
-    rows = [one._asdict() for one in plans]
-    bench.add(f"{model['epochs']} epochs on {args.device}", rows, header, cells)
+    bench.show(f"{config.TRAIN.NUM_EPOCHS} epochs on {args.device}", plans, cells)
 
 
-def measured_loader_rate(bench, worker):
+def measured_loader_rate(bench):
     """Images/s that one core decodes and augments with the recipe's own transform."""
-    images = len(prepare_images(bench))
-    measure = worker.prepare(
-        "decode", cfg=bench.args.cfg, folder=bench.folder, images=images, train=True, recipe=True
-    )
-    args = bench.args
-    answers = [measure() for _ in range(args.warmup + args.repetitions)][args.warmup :]
+    bench.job["paths"] = prepare_images(bench.args, bench.folder)
+    row = bench.ours("", "decode", threads=1, train=True)
+    (answers,) = bench.take_turns("decoding", [row])
     return statistics.median(answer["images"] / answer["seconds"] for answer in answers)
 
 
-def check_plan(bench):
+def check(bench):
     """Predicts training steps of this CPU, one thread a rank, and measures them.
 
     What goes in: the rate of matrix products and a training step of Ti/16, which tells the
     bandwidth of memory, both alone and beside another rank, and the all-reduce's rate.
     """
-    args = bench.args
-    small = str(common.ROOT / "configs" / "gmlp_ti16_224.yaml")
-    batch_size = args.batch_size or 4
-    prepare_images(bench, batch_size)
-    workers = {ranks: bench.ours(1, ranks) for ranks in (1, 2)}
-    model, small_model = (workers[1].prepare("facts", cfg=cfg).facts for cfg in (args.cfg, small))
-    options = {"folder": bench.folder, "batch_size": batch_size, "steps": 1}
-    products = {"cfg": args.cfg, "batch_size": batch_size, "repeats": 1, "train": True}
-    cases = {"exchange": workers[2].prepare("exchange", cfg=args.cfg)}
-    for ranks, worker in workers.items():
-        cases["products", ranks] = worker.prepare("products", **products)
-        cases["small", ranks] = worker.prepare("train", cfg=small, **options)
-        cases["step", ranks] = worker.prepare("train", cfg=args.cfg, **options)
-    answers = {key: [] for key in cases}
-    for turn in range(args.warmup + args.repetitions):
-        for key, measure in cases.items():
-            answer = measure()
-            if turn >= args.warmup:
-                answers[key].append(answer)
-    seconds = {key: statistics.median(a["seconds"] for a in of) for key, of in answers.items()}
-    flops = answers["products", 1][0]["flops"]
-    link = answers["exchange"][0]["bytes"] / seconds["exchange"] / 1e9
-    rows, devices = [], {}
+    small = get_config(SMALL)
+    model, small_model = facts(bench.config), facts(small)
+    batch_size = bench.args.batch_size or 4
+    bench.job["paths"] = prepare_images(bench.args, bench.folder, batch_size)
+    bench.job.update(batch_size=batch_size, batches=1, train=True, products=model["products"])
+    rows = {("exchange", 2): bench.ours("", "exchange", 1, 2, numbers=model["parameters"])}
     for ranks in (1, 2):
-        peak = flops / seconds["products", ranks] / 1e12
-        device = Device(peak, 0, 0, link, devices=2, network=1, cores=2, kept_share=1.0)
-        exchange = exchange_seconds(4 * small_model["parameters"], ranks, device)
-        bandwidth = bandwidth_of(seconds["small", ranks] - exchange, small_model, peak, batch_size)
-        device = devices[ranks] = device._replace(bandwidth=bandwidth)
+        rows["products", ranks] = bench.ours("", "products", 1, ranks)
+        rows["small", ranks] = bench.ours("", "train", 1, ranks, cfg=SMALL)
+        rows["step", ranks] = bench.ours("", "train", 1, ranks)
+    answers = bench.take_turns("predictions and steps", list(rows.values()))
+    seconds = {
+        key: statistics.median(answer["seconds"] for answer in of_row)
+        for key, of_row in zip(rows, answers)
+    }
+    link = 4 * model["parameters"] / seconds["exchange", 2] / 1e9
+    results, devices = [], []
+    for ranks in (1, 2):
+        peak = 6 * batch_size * model["multiply_adds"] / seconds["products", ranks] / 1e12
+        device = Device(peak, 0, 1, link, in_host=2, network=1, cores=2)
+        device = with_bandwidth(device, small_model, ranks, batch_size, seconds["small", ranks])
         parts = step_seconds(model, device, ranks, batch_size)
         predicted = ranks * batch_size / sum(parts.values())
         measured = ranks * batch_size / seconds["step", ranks]
-        error = predicted / measured - 1
-        rows.append(
-            {"ranks": ranks, "predicted": predicted, "measured": measured, "error": error, **parts}
-        )
+        result = {"ranks": ranks, "predicted": predicted, "measured": measured}
+        results.append({**result, "error": predicted / measured - 1, **parts})
+        devices.append(device)
     cells = [
-        [
-            str(row["ranks"]),
-            f"{row['predicted']:.2f}",
-            f"{row['measured']:.2f}",
-            f"{100 * row['error']:+.0f}%",
-        ]
-        for row in rows
+        {
+            "ranks": str(result["ranks"]),
+            "predicted images/s": f"{result['predicted']:.2f}",
+            "measured": f"{result['measured']:.2f}",
+            "error": f"{100 * result['error']:+.0f}%",
+        }
+        for result in results
     ]
-    header = ["ranks", "predicted images/s", "measured", "error"]
-    title = f"training {model['name']} on this CPU, one thread a rank, batches of {batch_size}"
-    bench.add(title, rows, header, cells)
-    alone, shared = devices[1], devices[2]
+    name = bench.config.MODEL.NAME
+    title = f"training {name} on this CPU, one thread a rank, batches of {batch_size}"
+    bench.show(title, results, cells)
+    alone, beside = devices
     print(
-        f"from, alone (beside another rank): {1000 * alone.peak:.0f} ({1000 * shared.peak:.0f}) "
-        f"GFLOP/s, {alone.bandwidth:.1f} ({shared.bandwidth:.1f}) GB/s by {small_model['name']}, "
+        f"from, alone (beside another rank): {1000 * alone.peak:.0f} ({1000 * beside.peak:.0f}) "
+        f"GFLOP/s, {alone.bandwidth:.1f} ({beside.bandwidth:.1f}) GB/s by {small.MODEL.NAME}, "
         f"all-reduce {link:.2f} GB/s"
     )

@@ -1,90 +1,59 @@
-"""What benchmark.py's subcommands work with: workers, turns, tables, images."""
+"""Rows of a table, each of a process of its own, measured in turn."""
 
 import contextlib
 import json
+import operator
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
-
-from config import ConfigError, get_config
+from config import get_config
 from ranks import host
-from tools import common
+from tools.common import Failed
+from utils import UserError, progress_bar
 
-TOOLS = Path(__file__).resolve().parent
-DEFAULT_CFG = str(common.ROOT / "configs" / "gmlp_s16_224.yaml")
-PHOTOGRAPHS = ("landscape_500x375.jpg", "portrait_333x500.jpg")
+WORKER = str(Path(__file__).resolve().parent / "worker.py")
 
 
-class Entry(NamedTuple):
-    """Something to measure: role is "ours", "peer" or "limit", measure() gives its answer."""
+class Row(NamedTuple):
+    """Something to measure: measure() does it once and gives {"seconds": ..., "images": ...}."""
 
     name: str
-    role: str
     measure: Callable[[], dict]
 
 
-class Group(NamedTuple):
-    """Entries measured in turn: the first is what the others are compared with."""
-
-    title: str
-    entries: list
-
-
 class Worker:
-    """A process that prepares cases and runs them when asked (benchmark_worker.py)."""
+    """A process that does one kind of work whenever it is asked (worker.py)."""
 
-    def __init__(self, name, command, threads):
-        self.name = name
-        count = str(threads)
-        env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-        env.update(CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+    def __init__(self, side, command, env):
+        self.side = side  # "ours" or "peer", for messages
         try:
             self._process = subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
+                command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is the benchmark's to answer
-            )
+            )  # fmt: skip
         except OSError as error:
-            raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
+            raise UserError(f"{command[0]} cannot be started: {error.strerror}") from error
 
-    def versions(self):
-        """What it is made of, by package; it has started then."""
-        return self._ask(case="versions", options={})["facts"]
-
-    def prepare(self, case, **options):
-        """A function that runs one repetition; its attribute `facts` is what the case told."""
-        answer = self._ask(case=case, options=options)
-
-        def measure():
-            return self._ask(run=answer["key"])
-
-        measure.facts = answer["facts"]
-        return measure
-
-    def _ask(self, **request):
+    def ask(self, **request):
+        """The answer to a request: the first one prepares the work, each later one does it."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            raise common.Failed(f"{self.name} has ended (exit status {status}); see above")
+            raise Failed(f"{self.side} has ended (exit status {status}); see above")
         answer = json.loads(line)
         if "error" in answer:
-            raise common.Failed(f"{self.name}: {answer['error']}")
+            raise Failed(f"{self.side}: {answer['error']}")
         return answer
 
     def close(self):
-        """Ends the process, in the middle of a repetition too."""
+        """Ends the process, in the middle of its work too."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         for end in (self._process.terminate, self._process.kill):
@@ -96,217 +65,104 @@ class Worker:
 
 
 class Bench:
-    """The workers, images and results of one run of the program."""
+    """One run of the program: its arguments, its workers and the tables so far."""
 
-    def __init__(self, args, folder, stack):
-        self.args, self.folder, self._stack = args, folder, stack
-        self.config = get_config(getattr(args, "cfg", DEFAULT_CFG))
-        self.threads = getattr(args, "threads", None) or host.available_cores()
-        self.versions, self.results = {}, []
-        self.load = os.getloadavg()
+    def __init__(self, args, folder):
+        self.args = args
+        self.folder = folder  # where images and lists are written
+        self.config = get_config(getattr(args, "cfg", None))
+        self.threads = getattr(args, "threads", None) or host.available_cores()  # of a row
+        # What each worker is told beside the arguments, where its row says nothing else.
+        self.job = {"folder": folder, "config": self.config, "changes": []}
+        self.job.update(recompute=False, keep_freed=True, added_memory=False)
+        self.versions = {}  # of each side that was started
+        self.results = []  # the tables, as data
+        self._environment = dict(os.environ)  # before what importing Paddle here adds to it
+        self._workers = []
 
-    def ours(self, threads=None, ranks=1):
-        command = [sys.executable, str(TOOLS / "ours.py"), str(ranks)]
-        return self._start("ours", command, threads or max(1, self.threads // ranks))
+    def ours(self, name, case, threads=None, ranks=1, **job):
+        """The row of a function of ours.py, done by `ranks` processes of `threads` threads each."""
+        threads = threads or max(1, self.threads // ranks)
+        command = [sys.executable, WORKER, "ours", str(ranks)]
+        return self._row(name, "ours", command, threads, {"case": case, **job})
 
-    def peer(self, threads=None):
-        """A worker of the peer; None where there is none."""
+    def peer(self, name, case, threads=None, **job):
+        """The row of a function of peer.py; None where there is no peer."""
         if not self.args.peer:
             return None
-        threads = threads or self.threads
-        command = [self.args.peer, str(TOOLS / "peer.py"), str(threads)]
-        return self._start("peer", command, threads)
+        command = [self.args.peer, WORKER, "peer"]
+        return self._row(name, "peer", command, threads or self.threads, {"case": case, **job})
 
-    def _start(self, name, command, threads):
-        worker = Worker(name, command, threads)
-        self._stack.callback(worker.close)
-        self.versions[name] = worker.versions()
-        return worker
+    def _row(self, name, side, command, threads, job):
+        env = {**self._environment, "CUDA_VISIBLE_DEVICES": ""}
+        env.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        worker = Worker(side, command, env)
+        self._workers.append(worker)
+        self.versions[side] = worker.ask(**{**vars(self.args), **self.job, **job})
+        return Row(name, worker.ask)
 
-    def timm_model(self):
-        """timm's name, images and number of classes of the config's model."""
-        config = self.config
-        return {
-            "model": config.MODEL.NAME,
-            "images": self.images(),
-            "num_classes": config.MODEL.NUM_CLASSES,
-        }
+    def close(self):
+        """Ends all workers."""
+        while self._workers:
+            self._workers[-1].close()
+            self._workers.pop()
 
-    def images(self):
-        """How the config has images, for timm."""
-        data = self.config.DATA
-        return {
-            "size": data.IMAGE_SIZE,
-            "crop_pct": data.CROP_PCT,
-            "mean": list(data.IMAGENET_MEAN),
-            "std": list(data.IMAGENET_STD),
-        }
-
-    def recipe(self):
-        """What of the config's recipe a training step spends time on, for timm."""
-        train = self.config.TRAIN
-        optimizer = train.OPTIMIZER
-        return {
-            "drop_path": self.config.MODEL.DROPPATH,
-            "grad_clip": train.GRAD_CLIP,
-            "mixup": {
-                "mixup_alpha": train.MIXUP_ALPHA,
-                "cutmix_alpha": train.CUTMIX_ALPHA,
-                "prob": train.MIXUP_PROB,
-                "switch_prob": train.MIXUP_SWITCH_PROB,
-                "label_smoothing": train.SMOOTHING,
-            },
-            "adamw": {
-                "lr": 1e-5,
-                "betas": list(optimizer.BETAS),
-                "eps": optimizer.EPS,
-                "weight_decay": train.WEIGHT_DECAY,
-            },
-        }
-
-    def measure(self, group):
-        """Takes turns, prints the group's table and keeps it."""
-        from tqdm import tqdm
-
-        args = self.args
-        answers = [[] for _ in group.entries]
-        turns = args.warmup + args.repetitions
-        with tqdm(total=turns * len(answers), leave=False, disable=not sys.stderr.isatty()) as bar:
-            bar.set_description(group.title[:40])
-            for turn in range(turns):
-                for entry, of_entry in zip(group.entries, answers):
-                    answer = entry.measure()
-                    if turn >= args.warmup:
-                        of_entry.append(answer)
-                    bar.update()
-        result = {"title": group.title, "rows": summarize(group, answers)}
-        self.results.append(result)
-        show(result["title"], *timing_table(result["rows"]))
-        return result
-
-    def add(self, title, rows, header, cells):
-        """Prints and keeps a table that is no timing."""
-        self.results.append({"title": title, "rows": rows})
-        show(title, header, cells)
-
-
-def summarize(group, answers):
-    """A dict per entry: its seconds, their median, images/s, and the first entry's speed / its."""
-    reference = [answer["seconds"] / answer.get("images", 1) for answer in answers[0]]
-    rows = []
-    for entry, of_entry in zip(group.entries, answers):
-        seconds = [answer["seconds"] for answer in of_entry]
-        images = of_entry[0].get("images")
-        each = [second / (images or 1) for second in seconds]
-        rows.append(
+    def measure(self, title, rows):
+        """Prints and keeps the table of rows (None is none), the first of which is ours."""
+        rows = [row for row in rows if row]
+        answers = self.take_turns(title, rows)
+        results = [summarize(row.name, own, answers[0]) for row, own in zip(rows, answers)]
+        cells = [
             {
-                "name": entry.name,
-                "role": entry.role,
-                "seconds": [round(second, 5) for second in seconds],
-                "median": statistics.median(seconds),
-                "lowest": min(seconds),
-                "highest": max(seconds),
-                "images": images,
-                "images_per_second": images and statistics.median(1 / one for one in each),
-                "ratio": statistics.median(own / ref for own, ref in zip(each, reference)),
+                "": result["name"],
+                "seconds": f"{result['median']:.3f}",
+                "lowest to highest": f"{result['lowest']:.3f} to {result['highest']:.3f}",
+                "images/s": f"{result['images_per_second']:.1f}" if result["images"] else "",
+                "ours / this": "" if result is results[0] else f"{result['ratio']:.2f}",
             }
-        )
-    return rows
+            for result in results
+        ]
+        self.show(title, results, cells)
+
+    def take_turns(self, title, rows):
+        """Lists of answers, one of each row in every turn that counts; ends the workers."""
+        args, answers = self.args, [[] for _ in rows]
+        turns = list(zip(rows, answers)) * (args.warmup + args.repetitions)
+        for row, of_row in progress_bar(turns, len(turns), title[:40], "row"):
+            of_row.append(row.measure())
+        self.close()
+        return [of_row[args.warmup :] for of_row in answers]
+
+    def show(self, title, results, cells):
+        """Keeps results, a list of dicts, and prints a table: a dict from header to text a row."""
+        self.results.append({"title": title, "rows": results})
+        header = list(cells[0])
+        widths = [max(len(name), *(len(row[name]) for row in cells)) for name in header]
+        print(f"\n{title}")
+        for row in (dict(zip(header, header)), *cells):
+            first, *rest = row.values()
+            numbers = (text.rjust(width) for text, width in zip(rest, widths[1:]))
+            print("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
+        sys.stdout.flush()
 
 
-def timing_table(rows):
-    """(header, cells) of summarize()'s rows."""
-    header = ["", "seconds", "lowest to highest", "images/s", "ours / this"]
-    cells = []
-    for row in rows:
-        rate = row["images_per_second"]
-        cells.append(
-            [
-                row["name"],
-                f"{row['median']:.3f}",
-                f"{row['lowest']:.3f} to {row['highest']:.3f}",
-                f"{rate:.1f}" if rate else "",
-                "" if row is rows[0] else f"{row['ratio']:.2f}",
-            ]
-        )
-    return header, cells
+def summarize(name, answers, ours):
+    """A row of results: its seconds, their median, images/s, and how many times as fast ours are.
 
-
-def show(title, header, cells):
-    """Prints a table: the first column is text, the others are numbers."""
-    lines = [header, *cells]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    print(f"\n{title}")
-    for line in lines:
-        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))
-        print("  ".join([line[0].ljust(widths[0]), *rest]).rstrip())
-    sys.stdout.flush()
-
-
-def make_images(folder, count):
-    """JPEGs of 500x375 from the photographs of the tests, each another part of one; their paths."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    photographs = [
-        Image.open(common.ROOT / "tests" / "data" / "images" / name).convert("RGB")
-        for name in PHOTOGRAPHS
-    ]
-    rng = np.random.default_rng(0)
-    paths = []
-    for number in range(count):
-        image = photographs[number % len(photographs)]
-        width, height = ImageOps.contain(Image.new("1", (500, 375)), image.size).size
-        share = rng.uniform(0.8, 1)
-        width, height = int(share * width), int(share * height)
-        left = int(rng.integers(image.width - width + 1))
-        top = int(rng.integers(image.height - height + 1))
-        image = image.crop((left, top, left + width, top + height)).resize((500, 375), 3)
-        if rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        paths.append(os.path.join(folder, f"{number}.jpg"))
-        image.save(paths[-1], quality=95)
-    return paths
-
-
-def prepare_images(bench, lines=0):
-    """Writes lists of the benchmark's images into its folder, in turn up to `lines`.
-
-    Returns:
-        The images' paths, each once.
+    Args:
+        answers, ours: the row's and the first row's, turn by turn.  The ratio is the median of each
+            turn's own, as what else the machine does hits a whole turn.
     """
-    args = bench.args
-    if getattr(args, "data_path", None):
-        paths = _listed(args.data_path, args.images)
-    else:
-        paths = make_images(bench.folder, getattr(args, "images", 16))
-    text = "".join(f"{paths[i % len(paths)]} 0\n" for i in range(max(lines, len(paths))))
-    for name in ("train_list.txt", "val_list.txt"):
-        with open(os.path.join(bench.folder, name), "w") as file:
-            file.write(text)
-    return paths
-
-
-def _listed(folder, count):
-    """The first images of a user's folder, which can be read; raises DataError otherwise."""
-    common.import_paddle()
-    from datasets import ImageDataset, ImageList
-
-    any_label = 10**9
-    images = ImageList(folder, "val_list.txt", any_label)
-    indices = range(min(count, len(images)))
-    for index in indices:
-        ImageDataset(images, None, 0).read(index)
-    return [os.path.abspath(images.image_path(index)) for index in indices]
-
-
-def describe_machine(bench):
-    """What the numbers depend on."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        model = next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+    seconds, images = [answer["seconds"] for answer in answers], answers[0]["images"]
+    per_image = [answer["seconds"] / (answer["images"] or 1) for answer in answers]
+    ours_per_image = [answer["seconds"] / (answer["images"] or 1) for answer in ours]
     return {
-        "cpu": model,
-        "cores": host.available_cores(),
-        "load before": f"{bench.load[0]:.1f}",
+        "name": name,
+        "seconds": [round(second, 5) for second in seconds],
+        "median": statistics.median(seconds),
+        "lowest": min(seconds),
+        "highest": max(seconds),
+        "images": images,
+        "images_per_second": images and statistics.median(1 / one for one in per_image),
+        "ratio": statistics.median(map(operator.truediv, per_image, ours_per_image)),
     }

@@ -1,63 +1,115 @@
-"""A long-lived worker of benchmark.py, which asks its workers in turn; the standard library alone.
+"""A worker, a process that does one kind of work whenever it is asked.
 
-A worker reads one JSON object a line and answers with one:
+python tools/benchmark/worker.py peer           (the benchmark starts it, with -peer PYTHON)
+python tools/benchmark/worker.py ours RANKS
 
-    {"case": "decode", "options": {...}}   prepares a case; {"key": 0, "facts": {...}}
-    {"run": 0}                             one repetition; {"seconds": 1.2, "images": 64}
+It reads a line of JSON and answers with one:
 
-Anything that goes wrong is {"error": "one sentence"}.  The end of the input ends the worker.
+    {"case": "decode", "train": true, ...}   prepares the work; {"python": "3.11.7", ...}: versions
+    {}                                       does it once; {"seconds": 1.2, "images": 64}
+
+What goes wrong is {"error": "one sentence"}.  The end of the input ends the worker.
 """
 
+import itertools
 import json
 import os
 import resource
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
-def serve(cases, share=None):
+def serve(cases, read=sys.stdin.readline):
     """Answers until there is nothing more to read.
 
     Args:
-        cases: names to functions of the options that return (a function that runs one repetition
-            and returns its answer, facts for the benchmark).
-        share: where several ranks work together, gives rank 0's request to all of them; called on
-            rank 0 with a function that reads it, on the others with None.
+        cases: a module with VERSIONS, and functions of a job, the first line as a namespace.  Each
+            returns a function that does the work once, and how many images that takes.  Where it
+            returns a dict, the answer has that too.
+        read: gives the next line; "" at the end.
     """
     # What libraries print belongs to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    runs = []
-    while True:
-        request = share(_read) if share else _read()
-        if request is None:
-            return
+    work = None
+    while line := read():
         try:
-            answer = _answer(request, cases, runs)
+            if work is None:
+                job = json.loads(line, object_hook=lambda pairs: SimpleNamespace(**pairs))
+                work, images = getattr(cases, job.case)(job) if job.case else (None, 0)
+                answer = {"python": sys.version.split()[0], **cases.VERSIONS}
+            else:
+                start = time.perf_counter()
+                result = added_memory(work) if job.added_memory else work()
+                answer = {"seconds": time.perf_counter() - start, "images": images}
+                answer.update(result or {})
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def added_memory(run):
-    """A case's answer and facts: the bytes that a first call of `run` adds to this process."""
+def products(job, random_matrix):
+    """The limit: the model's matrix products on random numbers, and nothing else.
 
-    def measure():
-        with open("/proc/self/statm") as file:
-            before = int(file.read().split()[1]) * resource.getpagesize()
-        run()
-        return {"added": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+    Args:
+        job: its `products` are [rows, inner, columns, times] of one image's forward pass.
+        random_matrix: (rows, columns) -> a framework's matrix.
+    """
+    shapes = [(rows * job.batch_size, *others) for rows, *others in job.products]
+    if job.train:  # each has the gradients of both its factors
+        backward = (((m, n, k, times), (k, m, n, times)) for m, k, n, times in shapes)
+        shapes.extend(itertools.chain(*backward))
+    factors = [(random_matrix(m, k), random_matrix(k, n), times) for m, k, n, times in shapes]
 
-    return measure, {}
+    def work():
+        for _ in range(job.batches):
+            for a, b, times in factors:
+                for _ in range(times):
+                    a @ b
+
+    return work, job.batches * job.batch_size
 
 
-def _read():
-    line = sys.stdin.readline()
-    return json.loads(line) if line else None
+def added_memory(work):
+    """The bytes that the first call of `work` adds to this process."""
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    work()
+    return {"added": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
 
 
-def _answer(request, cases, runs):
-    if "run" in request:
-        return runs[request["run"]]()
-    run, facts = cases[request["case"]](**request["options"])
-    runs.append(run)
-    return {"key": len(runs) - 1, "facts": facts}
+def main(side, ranks=1):
+    if side == "peer":
+        try:
+            from tools.benchmark import peer
+        except ImportError as error:
+            sys.exit(f"the peer's Python needs torch, torchvision, timm and pillow: {error}")
+        return serve(peer)
+    from ranks import launch
+    from tools import common
+
+    if ranks > 1 and not launch.is_rank():
+        return launch.run(ranks, 0, [sys.executable, *sys.argv])
+    common.import_paddle()
+    from ranks import collective, stop
+    from tools.benchmark import ours
+
+    rank, _ = collective.init_distributed()
+    if rank > 0:  # rank 0 alone answers
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def read():
+        """Rank 0's next line, on every rank; waits for it as long as it takes."""
+        line = sys.stdin.readline() if rank == 0 else None
+        stop.barrier()
+        return collective.broadcast_object(line)
+
+    return serve(ours, read)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))
