@@ -176,8 +176,7 @@ def _read_rgb(path):
                 return image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
-                f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: shrink it, or take it off "
-                "the list"
+                f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: shrink it, or leave it out"
             ) from error
 
 

@@ -35,8 +35,8 @@ def build_parser():
     )
     add = parser.add_argument
     add("-cfg", metavar="YAML", help="config file, such as configs/gmlp_s16_224.yaml")
-    add("-dataset", metavar="NAME", help="the data folder's layout; only imagenet2012")
-    add("-data_path", metavar="DIR", help="folder with train_list.txt and val_list.txt")
+    add("-dataset", metavar="NAME", help="the data set's kind (default imagenet2012)")
+    add("-data_path", metavar="DIR", help="the data set's folder")
     add("-output", metavar="DIR", help="folder for the runs' own folders (default ./output)")
     add("-batch_size", metavar="N", type=int, help="images per device, in training and evaluation")
     add("-batch_size_eval", metavar="N", type=int, help="images per device in evaluation only")

@@ -2,7 +2,8 @@
 #
 #   run_program FLAG...
 #
-# becomes main_multi_gpu.py with what the variables say, then the flags.
+# becomes main_multi_gpu.py with what the variables say, then the flags.  Without DATASET the data
+# set is of the YAML's kind, imagenet2012 unless that says otherwise.
 
 run_program() {
     CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}
@@ -15,9 +16,9 @@ run_program() {
     fi
     exec "$PYTHON" "$here/main_multi_gpu.py" \
         -cfg="${CFG:-$here/configs/gmlp_s16_224.yaml}" \
-        -dataset="${DATASET:-imagenet2012}" \
         -batch_size="${BATCH_SIZE:-256}" \
         -data_path="${DATA_PATH:-/dataset/imagenet}" \
+        ${DATASET:+-dataset="$DATASET"} \
         ${OUTPUT:+-output="$OUTPUT"} \
         ${NPROCS:+-nprocs="$NPROCS"} \
         "$@"
