@@ -9,6 +9,7 @@ from paddle.nn import functional as F
 from test_train import make_batches, make_model
 
 from training.evaluate import top_k_counts, validate
+from utils import SCORES
 
 
 def test_validation_is_exact_for_any_batches():
@@ -20,7 +21,7 @@ def test_validation_is_exact_for_any_batches():
     for size in (1, 5, 37):
         batches = [(images[i : i + size], labels[i : i + size]) for i in range(0, 37, size)]
         scores = validate(model, batches, lambda x, y: (x, y), contextlib.nullcontext)
-        assert scores["images"] == 37
+        assert scores["images"] == 37 and set(scores) == {*SCORES, "images"}
         assert scores["acc1"] == 100 * hits[:, 0].sum() / 37
         assert scores["acc5"] == 100 * hits[:, :5].sum() / 37
         assert scores["loss"] == pytest.approx(float(F.cross_entropy(model(images), labels)))

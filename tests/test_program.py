@@ -212,7 +212,7 @@ def test_a_checkpoint_of_paddlevit_is_gone_on_from(trained, few_digits, tmp_path
         opts=SMALL,
     ).check()  # fmt: skip
     assert "going on with epoch 2" in result.out
-    assert "no optimizer state that can be matched" in result.out
+    assert "no optimizer state that fits this model" in result.out
     assert "no averaged weights" in result.out
     assert "epoch 2/2" in result.out and "epoch 1/2" not in result.out
 

@@ -119,7 +119,10 @@ def read_filters(config, path):
 
     weights = load_weights(path)
     found = common.sizes_of(weights, path)
-    sizes = Sizes.from_config(config)
+    try:
+        sizes = Sizes.from_config(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     model = GMLP(sizes._replace(image_size=found.image_size, num_classes=found.num_classes))
     check_weights(model, weights, path)
     names = (f"{model.blocks_name}.{i}.{model.gate_name}.weight" for i in range(sizes.depth))

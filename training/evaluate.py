@@ -12,7 +12,7 @@ from ranks import stop
 from ranks.collective import all_reduce_sum
 from training.inference import choose_model
 from transforms import BatchTransform
-from utils import SCORES, progress_bar, to_json, write_text
+from utils import progress_bar, to_json, write_text
 from weights import pdparams
 
 
@@ -35,11 +35,11 @@ class Scores:
         self._images += len(labels)
 
     def result(self):
-        """A dict of acc1 and acc5 in percent, loss, and images, their number; a collective."""
+        """utils.SCORES (accuracies in percent) and images, their number; a collective."""
         correct, loss = all_reduce_sum(self._correct), all_reduce_sum(self._loss)
         images = int(all_reduce_sum(paddle.to_tensor(self._images, dtype="int64")))
         acc1, acc5 = (100 * int(count) / images for count in correct.numpy())
-        return dict(zip(SCORES, (acc1, acc5, float(loss) / images)), images=images)
+        return {"acc1": acc1, "acc5": acc5, "loss": float(loss) / images, "images": images}
 
 
 def describe(result):
