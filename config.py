@@ -251,6 +251,14 @@ def _merge_file(config, path, children=()):
     _merge_tree(config, tree, "", name)
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML without merge keys, a few lines of which can grow without bound."""
+
+    def flatten_mapping(self, node):
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("merge keys (<<) are not supported")
+
+
 def _read_yaml(path, name):
     """The dict that a YAML file holds; `name` is what messages call the file."""
     try:
@@ -263,7 +271,7 @@ def _read_yaml(path, name):
     if len(text) > _YAML_LIMIT:
         raise ConfigError(f"{name}: this config file is larger than {_YAML_LIMIT:,} characters")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _YamlLoader)
     except Exception as error:  # such as ValueError for a wrong date, RecursionError for depth
         raise ConfigError(f"{name}: this is not valid YAML: {cause(error)}") from error
     if tree is None:
@@ -396,6 +404,6 @@ def _parse(key, text):
     if key in _KEYS and _KEYS[key].kind is str and not _KEYS[key].length:
         return None if text == "null" else text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _YamlLoader)
     except Exception:  # as in _read_yaml
         return text  # _convert says what was expected instead
