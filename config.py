@@ -149,6 +149,7 @@ _GONE = {
     "VISUALDL": (False, "no longer does anything: tools/to_visualdl.py RUN shows a run in VisualDL")
 }
 _YAML_LIMIT = 1 << 15  # characters of a file; a few thousand are normal, and PyYAML takes its time
+_DEPTH_LIMIT = 50  # of lists and sections in each other; a configuration has four
 _LITERAL_LIMIT = 200  # characters of a Python literal, such as (0.9, 0.999)
 
 # The program's flag -> the keys that it sets.
@@ -173,6 +174,20 @@ _FLAGS = {
 
 class ConfigWarning(UserWarning):
     """A setting without effect; the message is one sentence for the person who wrote it."""
+
+
+_format_warning = warnings.formatwarning
+
+
+def show_warnings_of(program):
+    """Has a ConfigWarning printed as one sentence of a program, others as Python does."""
+
+    def one_sentence(message, category, *where, **line):
+        if issubclass(category, ConfigWarning):
+            return f"{program}: {message}\n"
+        return _format_warning(message, category, *where, **line)
+
+    warnings.formatwarning = one_sentence
 
 
 class ConfigError(UserError):
@@ -252,7 +267,17 @@ def _merge_file(config, path, children=()):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML without merge keys, a few lines of which can grow without bound."""
+    """Safe YAML, not deep and without merge keys, a few lines of which can grow without bound."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        self.depth += 1
+        if self.depth > _DEPTH_LIMIT:
+            raise yaml.YAMLError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def flatten_mapping(self, node):
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):

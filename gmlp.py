@@ -243,8 +243,7 @@ class Sizes(NamedTuple):
     def from_weights(cls, weights):
         """The sizes of the model whose weights these are, as their shapes say; without dropout.
 
-        A model of these sizes is as large as the weights, within a factor: no file can ask for more
-        memory than its own size.
+        A model of these sizes has about as many numbers as the shapes say.
 
         Args:
             weights: parameter names to arrays.
@@ -292,10 +291,11 @@ class Sizes(NamedTuple):
                 f"DATA.IMAGE_SIZE {self.image_size} is not a multiple of "
                 f"MODEL.MIXER.PATCH_SIZE {self.patch_size}"
             )
-        if self.hidden_dim < 2 or self.hidden_dim % 2:
+        if not 2 <= self.dim * self.mlp_ratio < 2**31 or self.hidden_dim % 2:
             raise ValueError(
                 f"MODEL.MIXER.MLP_RATIO {self.mlp_ratio} x MODEL.MIXER.EMBED_DIM {self.dim} gives "
-                f"{self.hidden_dim} hidden channels; the spatial gating unit needs an even number"
+                f"{self.dim * self.mlp_ratio:g} hidden channels; the spatial gating unit needs an "
+                "even number"
             )
         return self
 

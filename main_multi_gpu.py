@@ -16,7 +16,7 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # with -P too
 
 try:
-    from config import ConfigWarning, get_config, update_config
+    from config import ConfigWarning, get_config, show_warnings_of, update_config
     from ranks import host, launch, report
     from utils import UserError, describe_error
 except ModuleNotFoundError as error:
@@ -62,7 +62,7 @@ def main(argv):
         parser.print_usage(sys.stderr)
         return 2
     args = parser.parse_args(argv)
-    warnings.formatwarning = lambda message, *_: f"{parser.prog}: {message}\n"
+    show_warnings_of(parser.prog)
     if report.has_launcher():  # the launcher has printed these
         warnings.simplefilter("ignore", ConfigWarning)
     try:
@@ -70,7 +70,7 @@ def main(argv):
         if not launch.is_rank():
             gpus = launch.count_gpus()
             ranks, warning = launch.choose_ranks(args.nprocs, gpus)
-    except UserError as error:
+    except (UserError, ConfigWarning) as error:  # a warning under -W error
         report.report_error(f"{parser.prog}: {error}")
         return 2
     if launch.is_rank():

@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
+from tools import common
 from config import ConfigError
 from ranks import launch
-from tools import common
 
 _CONFIG = os.path.join("configs", "gmlp_digits_finetune.yaml")
 # What -opts says of each run on the digits 5-9; all but "scratch" start from the weights of 0-4.

@@ -17,8 +17,8 @@ from PIL import Image
 from processes import HANG_SECONDS, parent_of, process_ids
 from program import ROOT, run, run_tool
 
-from datasets import DataError, ImageDataset, ImageList
 from tools import check_dataset
+from datasets import DataError, ImageDataset, ImageList
 
 TOOL = ROOT / "tools" / "check_dataset.py"
 

@@ -326,3 +326,26 @@ def test_weights_in_timms_names_are_answered_with_the_tool_that_ports_them():
     weights = {"stem.proj.weight": np.zeros([16, 3, 4, 4], "float32")}
     with pytest.raises(checkpoint.NotThisModel, match=r"timm's names: tools/port_weights\.py"):
         checkpoint.assign_weights(make_model(), weights, "w")
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"head.weight": [16, 7], "head.bias": [7]}, True),
+        ({"head.weight": [99, 7], "head.bias": [7]}, False),
+        ({"head.weight": [16, 0], "head.bias": [0]}, False),
+        ({"head.weight": [16, 7], "head.bias": [7], "norm.bias": [3]}, False),
+        ({"head.bias": [7]}, False),
+        ({"norm.bias": "int32"}, False),
+    ],
+)
+def test_num_classes_is_advised_where_it_is_all_that_differs(changes, advice):
+    model = make_model()
+    weights = {name: param.numpy() for name, param in model.state_dict().items()}
+    for name, change in changes.items():
+        is_type = isinstance(change, str)
+        weights[name] = weights[name].astype(change) if is_type else np.zeros(change, "float32")
+    with pytest.raises(checkpoint.NotThisModel) as error:
+        checkpoint.check_weights(model, weights, "file")
+    assert ("give -num_classes 7" in str(error.value)) == advice
+    assert ("wrong -cfg?" in str(error.value)) == (not advice)

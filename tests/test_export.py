@@ -10,8 +10,8 @@ import paddle
 import pytest
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
-from config import ConfigError, get_config
 from tools import export
+from config import ConfigError, get_config
 from training import inference
 from training.run import build_model
 from transforms import BatchTransform, build_transform

@@ -9,10 +9,10 @@ import pytest
 from paddle.nn import functional as F
 from program import ROOT, SMALL, metrics, run, run_program, same
 
+from tools import common
 from config import get_config
 from demo import finetune_demo
 from demo.make_digits import read_digits
-from tools import common
 from training import optim
 from training.resume import Start
 from training.run import Run, build_model

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from program import ROOT, SMALL, run, run_program, run_tool
 
-from datasets import ImageList
 from tools import check_dataset, make_lists
+from datasets import ImageList
 from utils import show_path
 
 TOOL = ROOT / "tools" / "make_lists.py"

@@ -9,9 +9,9 @@ import paddle
 import pytest
 from program import CONFIG, ROOT, run
 
+from tools import common, plot_gates
 from config import get_config
 from gmlp import Sizes, SpatialGatingUnit, build_gmlp
-from tools import common, plot_gates
 from weights import pdparams
 
 TOOL = ROOT / "tools" / "plot_gates.py"

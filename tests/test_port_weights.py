@@ -12,9 +12,9 @@ from golden import build, draw_images, draw_weights, load, timm_shapes
 from program import ROOT, run, run_tool, same
 from safetensors.numpy import load_file, save_file
 
+from tools import port_weights
 from config import get_config, update_config
 from gmlp import Sizes, build_gmlp
-from tools import port_weights
 from weights import checkpoint, pdparams
 
 TOOL = ROOT / "tools" / "port_weights.py"

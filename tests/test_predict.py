@@ -16,10 +16,10 @@ from paddle.nn import functional as F
 from PIL import Image, ImageFont
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
+from tools import make_lists, predict, sheet
 from config import get_config
 from datasets import EvalSampler, build_dataset
 from ranks.loader import build_loader
-from tools import make_lists, predict, sheet
 from training import evaluate
 from training.run import build_model
 from transforms import BatchTransform

@@ -8,10 +8,10 @@ import paddle
 import pytest
 from program import ROOT, SMALL, metrics, run, run_program
 
+from tools import common
 from config import get_config
 from demo import resolution_study
 from gmlp import build_gmlp
-from tools import common
 from weights import checkpoint
 from weights.pdparams import WeightsError
 from weights.resample import (

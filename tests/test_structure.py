@@ -108,3 +108,14 @@ SAFE = ["-P"] if sys.version_info >= (3, 11) else []
 def test_programs_start_by_path_by_module_and_with_a_safe_path(words):
     done = subprocess.run([sys.executable, *words, "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+PROGRAM_FILES = [path for room in PROGRAMS for path in files_of(room)]
+
+
+@pytest.mark.parametrize("path", PROGRAM_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_program_imports_tools_common_first_which_says_what_package_is_missing(path):
+    own = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)
+           and node.module.split(".")[0] in {*LAW, *PROGRAMS}]  # fmt: skip
+    if own and "__main__" in path.read_text():
+        assert (own[0].module, own[0].names[0].name) == ("tools", "common")

@@ -8,9 +8,9 @@ import yaml
 from program import ROOT, run_tool
 
 import main_multi_gpu
+from tools import export, plot_gates, port_weights, predict
 from config import get_config, update_config
 from gmlp import Sizes, build_gmlp
-from tools import export, plot_gates, port_weights, predict
 from tools.model_table import count_multiply_adds
 from weights import load_weights, pdparams
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
+from tools import common
 from config import ConfigError, get_config, update_config
 from ranks import host
-from tools import common
 from utils import DataError, progress_bar, show_path
 
 # Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.

@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 try:
+    from config import ConfigWarning, show_warnings_of
     from ranks import host
     from utils import SCORES, UserError, describe_error, show_path
     from weights import WeightsError
+    from weights.checkpoint import refuse_timms_names
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
@@ -45,6 +47,7 @@ def run(parser, work, argv=None):
         asked wrongly (a file that is missing or damaged, a value that cannot be).
     """
     args = parser.parse_args(argv)
+    show_warnings_of(parser.prog)
     signal.signal(signal.SIGINT, leave)
     sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text of this terminal
     try:
@@ -69,7 +72,8 @@ def run(parser, work, argv=None):
 
 
 _ASKED_WRONGLY = (
-    UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+    UserError, ConfigWarning,
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
 
 
@@ -83,6 +87,7 @@ def sizes_of(weights, path):
     """The gmlp.Sizes of weights; raises WeightsError where they are no gMLP's."""
     from gmlp import Sizes
 
+    refuse_timms_names(weights, path)
     try:
         return Sizes.from_weights(weights)
     except ValueError as error:

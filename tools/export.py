@@ -32,9 +32,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
+from tools import common
 from config import ConfigError, get_config, update_config
 from ranks import host
-from tools import common
 from tools.predict import find_paths, load_model, read_batches, read_classes
 from utils import new_folder, progress_bar, show_path, write_text
 from weights.pdparams import sha256

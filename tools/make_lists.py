@@ -25,8 +25,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # also under -m and -P
 
-from config import ConfigError
 from tools import common
+from config import ConfigError
 from utils import (
     BROKEN,
     DEAD_LINK,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
-from config import get_config
 from tools import common
+from config import get_config
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 

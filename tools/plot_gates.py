@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
-from config import ConfigError, get_config, update_config
 from tools import common
+from config import ConfigError, get_config, update_config
 from tools.plot_run import check_output, import_pyplot, save
 from weights import load_weights
 
@@ -114,18 +114,16 @@ def read_filters(config, path):
         ConfigError, WeightsError: the file or the config cannot be used, or they do not fit.
     """
     common.import_paddle()
-    from gmlp import GMLP, Sizes
+    from training.run import build_model
     from weights.checkpoint import check_weights
 
     weights = load_weights(path)
     found = common.sizes_of(weights, path)
-    try:
-        sizes = Sizes.from_config(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    model = GMLP(sizes._replace(image_size=found.image_size, num_classes=found.num_classes))
+    config.MODEL.NUM_CLASSES = found.num_classes
+    config.DATA.IMAGE_SIZE = math.isqrt(found.num_tokens) * config.MODEL.MIXER.PATCH_SIZE
+    model = build_model(config)
     check_weights(model, weights, path)
-    names = (f"{model.blocks_name}.{i}.{model.gate_name}.weight" for i in range(sizes.depth))
+    names = (f"{model.blocks_name}.{i}.{model.gate_name}.weight" for i in range(model.sizes.depth))
     return [to_filters(weights[name]) for name in names]
 
 

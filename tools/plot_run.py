@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
-from config import ConfigError
 from tools import common
+from config import ConfigError
 from utils import new_file
 
 # Readable on white, and apart from each other for the colour-blind.

@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
-from config import ConfigError, get_config
 from tools import common
+from config import ConfigError, get_config
 from utils import new_file, show_path
 from weights import pdparams
 from weights.pdparams import WeightsError

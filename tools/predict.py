@@ -38,9 +38,9 @@ from typing import Any, NamedTuple, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
+from tools import common
 from config import ConfigError, get_config, update_config
 from ranks import host
-from tools import common
 from tools.sheet import PLOT_IMAGES, Sheet
 from utils import (
     BROKEN,

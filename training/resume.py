@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, the same one on all ranks and hosts, read once by each."""
 
+import contextlib
 import glob
 import os
 from typing import NamedTuple, Optional
@@ -56,7 +57,7 @@ def find_start(config, model, rank, warn):
                 "starting fresh"
             )
             return Start(seen=seen)
-    tree = _read_everywhere(path, tree, is_auto, warn)
+    tree = _read_everywhere(path, tree, is_auto, rank, warn)
     if tree.get("model_ema"):  # before the model is changed
         check_weights(model, tree["model_ema"], path)
     assign_weights(model, tree["model"], path)
@@ -93,7 +94,7 @@ def _newest_valid(paths, model_name, warn):
     return None, None
 
 
-def _read_everywhere(path, tree, require_checksum, warn):
+def _read_everywhere(path, tree, require_checksum, rank, warn):
     """The checkpoint's tree on every rank.
 
     Each rank reads the file itself; where a host has none, or another, rank 0 sends its own to all.
@@ -101,14 +102,22 @@ def _read_everywhere(path, tree, require_checksum, warn):
     Args:
         tree: what is in it, where this rank has read it already.
     """
-    here = tree is not None or os.path.isfile(path)
-    checksum = pdparams.checksum(path) if here else None
+    ranks = paddle.distributed.get_world_size()
+    if ranks == 1:
+        return tree or state.read(path, require_checksum)
+    checksum = None
+    if tree is not None or os.path.isfile(path):
+        with contextlib.suppress(OSError):  # read says why
+            checksum = pdparams.checksum(path)
     wanted = broadcast_object(checksum)
-    if tree is None and (checksum == wanted or wanted is None):  # None: rank 0 says what is wrong
-        tree = state.read(path, require_checksum)
-    everywhere = all_reduce_sum(paddle.to_tensor(int(tree is not None)))
-    if int(everywhere) < paddle.distributed.get_world_size():
+    if tree is None and (checksum == wanted or wanted is None):
+        try:
+            tree = state.read(path, require_checksum)
+        except WeightsError:
+            if rank == 0 or wanted is None:  # otherwise rank 0 may have a whole copy
+                raise
+    stop.barrier()  # reading a large file may have taken some ranks long
+    if int(all_reduce_sum(paddle.to_tensor(int(tree is not None)))) < ranks:
         warn(f"{path} is not the same file on every host: rank 0 has sent its own to all ranks")
-        stop.barrier()  # reading a large file may have taken rank 0 long
         tree = broadcast_object(tree)
     return tree

@@ -42,7 +42,9 @@ def weights_of(tree, path):
     """The weights of a read file; see load_weights."""
     if "model" in tree:
         tree = tree["model"] if is_empty(tree.get("model_ema")) else tree["model_ema"]
-    arrays = isinstance(tree, dict) and all(isinstance(v, np.ndarray) for v in tree.values())
+    arrays = isinstance(tree, dict) and all(
+        isinstance(name, str) and isinstance(array, np.ndarray) for name, array in tree.items()
+    )
     if not (arrays and tree):
         raise WeightsError(f"{path}: holds no weights (parameter names with arrays)")
     return tree
@@ -60,35 +62,39 @@ def check_weights(model, weights, path, allow_new_head=False):
         The head's parameter names where the head has another number of classes and
         allow_new_head is set, otherwise [].
     """
-    if any(name.startswith(("stem.proj.", "blocks.")) for name in weights):
-        raise NotThisModel(
-            f"{path}: these are weights in timm's names: tools/port_weights.py makes a .pdparams"
-        )
+    refuse_timms_names(weights, path)
     wanted = {name: list(param.shape) for name, param in model.state_dict().items()}
     found = {name: list(array.shape) for name, array in weights.items()}
+    head = [name for name in wanted if name.startswith(f"{model.head_name}.")]
     differences = {
         name: f"{name} is {found.get(name, 'not there')}, wanted {wanted.get(name, 'nothing')}"
         for name in (*wanted, *found)
         if found.get(name) != wanted.get(name)
     }
-    head = [name for name in wanted if name.startswith(f"{model.head_name}.")]
-    only_head = differences.keys() <= set(head)
-    if allow_new_head:
-        differences = {name: text for name, text in differences.items() if name not in head}
+    new_head = head if allow_new_head and not differences.keys().isdisjoint(head) else []
+    differences = {name: text for name, text in differences.items() if name not in new_head}
     for name, array in weights.items():
         if array.dtype.kind != "f":
             differences[name] = f"{name} is of {array.dtype}, wanted floating-point numbers"
     if not differences:
-        is_new = any(found.get(name) != wanted[name] for name in head)
-        return head if is_new else []
+        return new_head
     why = "these are not this model's weights (wrong -cfg?)"
     classes = {tuple(found.get(name, ())[-1:]) for name in head}
-    if only_head and len(classes) == 1 and () not in classes:
+    bodies_fit = all(found.get(name, ())[:-1] == wanted[name][:-1] for name in head)
+    if differences.keys() == set(head) and bodies_fit and len(classes) == 1 and classes != {(0,)}:
         ((count,),) = classes
         why = f"these weights are for {count:,} classes: give -num_classes {count}"
     texts = list(differences.values())
     more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
     raise NotThisModel(f"{path}: {why}: {'; '.join(texts[:4])}{more}")
+
+
+def refuse_timms_names(weights, path):
+    """Raises NotThisModel for weights that have timm's names."""
+    if any(name.startswith(("stem.proj.", "blocks.")) for name in weights):
+        raise NotThisModel(
+            f"{path}: these are weights in timm's names: tools/port_weights.py makes a .pdparams"
+        )
 
 
 def assign_weights(model, weights, path, allow_new_head=False):

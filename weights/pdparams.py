@@ -78,7 +78,7 @@ def read(path, require_checksum=False):
     except WeightsError as error:
         raise WeightsError(f"{shown} {error}") from None
     except FileNotFoundError:
-        raise WeightsError(f"{shown} does not exist: check the path (README, model zoo)") from None
+        raise WeightsError(f"{shown} does not exist: check the path") from None
     except MemoryError:
         raise WeightsError(f"{shown} does not fit in memory: use a smaller file") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -122,7 +122,10 @@ def checksum(path):
     The checksum is as the file says; `read` verifies it.
     """
     with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TRAILER_SIZE))
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_SIZE:  # `read` refuses it
+            return f"{size} bytes"
+        file.seek(max(0, size - _TRAILER_SIZE))
         trailer = file.read(_TRAILER_SIZE)
     if trailer.startswith(_TRAILER):
         return trailer.removeprefix(_TRAILER).hex()

@@ -30,8 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also under -m and -P
 
-from ranks import host
 from tools import common
+from ranks import host
 from tools.benchmark import plan
 from tools.benchmark.images import prepare_images
 from tools.benchmark.turns import Bench, Row

@@ -8,8 +8,8 @@ import math
 import statistics
 from typing import NamedTuple
 
-from config import get_config
 from tools import common
+from config import get_config
 from tools.benchmark.images import prepare_images
 
 # timm publishes 657.63 images/s for training gmlp_s16_224 and 275.97 for gmlp_b16_224 on an RTX

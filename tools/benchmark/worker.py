@@ -89,8 +89,8 @@ def main(side, ranks=1):
         except ImportError as error:
             sys.exit(f"the peer's Python needs torch, torchvision, timm and pillow: {error}")
         return serve(peer)
-    from ranks import launch
     from tools import common
+    from ranks import launch
 
     if ranks > 1 and not launch.is_rank():
         return launch.run(ranks, 0, [sys.executable, *sys.argv])
