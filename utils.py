@@ -4,7 +4,6 @@ Nothing here imports Paddle, NumPy or tqdm before it is needed, so that every pr
 """
 
 import contextlib
-import errno
 import fcntl
 import glob
 import json
@@ -13,7 +12,6 @@ import math
 import os
 import pathlib
 import reprlib
-import shutil
 import sys
 import time
 
@@ -47,31 +45,6 @@ def new_file(path):
             os.remove(temporary)
     with contextlib.suppress(OSError):  # the file is whole; some network disks cannot sync a folder
         _sync_folder(os.path.dirname(temporary))
-
-
-@contextlib.contextmanager
-def new_folder(path):
-    """Gives a temporary folder to fill, which takes the name `path` if all goes well.
-
-    Otherwise it is removed with all that is in it.  There must be no `path` yet.
-
-    Raises:
-        OSError: it cannot be made; an error that names a file of its own keeps it.
-    """
-    path = os.path.abspath(path)
-    temporary = temporary_path(path)
-    try:
-        os.mkdir(temporary)
-        yield temporary
-        if os.path.lexists(path):  # os.rename would replace an empty folder
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        os.rename(temporary, path)
-    except OSError as error:
-        if not str(error.filename or temporary).startswith(temporary):
-            raise
-        raise cannot_be_written(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path, text, mode="w"):

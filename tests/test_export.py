@@ -12,10 +12,10 @@ from program import CONFIG, ROOT, SMALL, run, run_tool
 
 from tools import export
 from config import ConfigError, get_config
+from tools.common import new_folder
 from training import inference
 from training.run import build_model
 from transforms import BatchTransform, build_transform
-from utils import new_folder
 from weights import pdparams
 from weights.checkpoint import assign_weights, load_weights
 

@@ -7,8 +7,11 @@ if __name__ == "__main__":
 """
 
 import collections
+import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +22,14 @@ sys.path.insert(0, str(ROOT))
 try:
     from config import ConfigWarning, show_warnings_of
     from ranks import host
-    from utils import SCORES, UserError, describe_error, show_path
+    from utils import (
+        SCORES,
+        UserError,
+        cannot_be_written,
+        describe_error,
+        show_path,
+        temporary_path,
+    )
     from weights import WeightsError
     from weights.checkpoint import refuse_timms_names
 except ModuleNotFoundError as error:
@@ -99,6 +109,31 @@ def import_paddle():
     paddle = host.import_paddle()
     signal.signal(signal.SIGTERM, leave)
     return paddle
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Gives a temporary folder to fill, which takes the name `path` if all goes well.
+
+    Otherwise it is removed with all that is in it.  There must be no `path` yet.
+
+    Raises:
+        OSError: it cannot be made; an error that names a file of its own keeps it.
+    """
+    path = os.path.abspath(path)
+    temporary = temporary_path(path)
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        if os.path.lexists(path):  # os.rename would replace an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(temporary, path)
+    except OSError as error:
+        if not str(error.filename or temporary).startswith(temporary):
+            raise
+        raise cannot_be_written(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Tally:

@@ -36,7 +36,7 @@ from tools import common
 from config import ConfigError, get_config, update_config
 from ranks import host
 from tools.predict import find_paths, load_model, read_batches, read_classes
-from utils import new_folder, progress_bar, show_path, write_text
+from utils import progress_bar, show_path, write_text
 from weights.pdparams import sha256
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
@@ -81,7 +81,7 @@ def work(args):
     model = with_probabilities(
         load_model(config, args.pretrained, tally.say), config, args.preprocess
     )
-    with new_folder(args.output) as folder:
+    with common.new_folder(args.output) as folder:
         program = export_paddle(model, config, args.preprocess, folder)
         engines = {"Paddle Inference": inference.load(program)}
         if args.onnx:
