@@ -349,3 +349,9 @@ def test_num_classes_is_advised_where_it_is_all_that_differs(changes, advice):
         checkpoint.check_weights(model, weights, "file")
     assert ("give -num_classes 7" in str(error.value)) == advice
     assert ("wrong -cfg?" in str(error.value)) == (not advice)
+
+
+def test_a_file_whose_names_are_numbers_holds_no_weights(tmp_path):
+    pdparams.write(tmp_path / "w.pdparams", {1: np.zeros(3, "float32")})
+    with pytest.raises(checkpoint.WeightsError, match="holds no weights"):
+        checkpoint.load_weights(tmp_path / "w.pdparams")

@@ -377,3 +377,8 @@ def test_a_frozen_backbone_has_no_dropout_and_leaves_the_head_to_train():
     assert np.array_equal(model(images).numpy(), model(images).numpy())
     trained = [name for name, param in model.named_parameters() if not param.stop_gradient]
     assert trained == ["head.weight", "head.bias"]
+
+
+def test_a_ratio_beyond_any_size_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^MODEL\.MIXER\.MLP_RATIO 1e\+308 "):
+        build_gmlp(tiny_config(MODEL__MIXER__MLP_RATIO=1e308))

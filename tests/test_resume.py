@@ -81,3 +81,17 @@ def test_only_checkpoints_of_trainings_are_candidates(run, tmp_path):
     (tmp_path / "eval-1" / "last.pdparams").touch()
     names = [os.path.basename(path) for path in resume.candidates(str(tmp_path))]
     assert names == ["last.pdparams", "previous.pdparams", "Epoch-1.pdparams"]
+
+
+def test_a_damaged_copy_on_another_host_is_replaced_by_rank_0s(run, monkeypatch, tmp_path):
+    path, said, sent = str(tmp_path / "train-1" / "last.pdparams"), [], {"model": {}}
+    answers = iter([pdparams.checksum(path), sent])  # of rank 0: its checksum, then its tree
+    monkeypatch.setattr(resume.paddle.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(resume, "broadcast_object", lambda value: next(answers))
+    monkeypatch.setattr(resume, "all_reduce_sum", lambda tensor: tensor + 1)
+    monkeypatch.setattr(resume.stop, "barrier", lambda: None)
+    with open(path, "r+b") as file:  # its checksum at the end stays
+        file.seek(1000)
+        file.write(b"XXXX")
+    assert resume._read_everywhere(path, None, True, 1, said.append) is sent
+    assert len(said) == 1 and "rank 0 has sent its own" in said[0]
