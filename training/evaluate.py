@@ -129,4 +129,5 @@ def evaluate(run):
     if run.rank == 0:
         write_text(os.path.join(run.folder, "eval.json"), to_json(result, indent=2) + "\n")
     run.log.info(f"outputs in {run.folder}")
+    stop.leave_together()
     return 0

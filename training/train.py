@@ -114,16 +114,18 @@ class Training:
         """
         try:
             with stop.request.finishing():
+                status = 0
                 try:
                     self._train_epochs()
                 except stop.Stopped:
-                    return self._save_and_leave()
+                    status = self._save_as_asked()
+                stop.leave_together()
+                return status
         except NonFiniteLoss as error:
             raise NonFiniteLoss(
                 f"{error} (optimizer step {self.updater.step}, learning rate "
                 f"{self.optimizer.get_lr():.3e}); last good checkpoint: {self.saved or 'none'}"
             ) from None
-        return 0
 
     def _train_epochs(self):
         config, log = self.config, self.run.log
@@ -302,13 +304,12 @@ class Training:
         state.save(self, keep, best)
         stop.barrier()
 
-    def _save_and_leave(self):
-        """The end of a run that was asked to end, where all ranks have done the same steps."""
+    def _save_as_asked(self):
+        """Saves where all ranks have done the same steps.  Returns the exit status."""
         if self.saved_place != self.place or os.path.dirname(self.saved) != self.run.folder:
             state.save(self)
         self.run.log.info(
             f"stopped as asked after {state.describe_place(self)}; to go on: the same command with "
             f"-resume auto, or with -resume {self.saved}"
         )
-        stop.leave_together()
         return 128 + (stop.request.signal_number or signal.SIGTERM)
