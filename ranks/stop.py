@@ -141,8 +141,8 @@ def barrier():
 def leave_together():
     """Waits until every rank is done; to be called on all of them, last.
 
-    Launchers end all ranks when the first one ends as asked, and rank 0 takes the store with it, from
-    which a slow rank may still read whether all have passed the last barrier.
+    Launchers end all ranks when the first one ends as asked, and rank 0 takes the store with it,
+    from which a slow rank may still read whether all have come to the last barrier.
     """
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError, ValueError):  # the store went with rank 0

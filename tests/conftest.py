@@ -14,7 +14,7 @@ from program import SMALL, run_program  # noqa: E402
 from ranks.host import prepare_cpu  # noqa: E402
 from ranks.report import REPORT_PIPE  # noqa: E402
 
-prepare_cpu(ranks=1)  # before any test imports Paddle
+prepare_cpu(ranks=int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))  # before Paddle's import
 
 
 @pytest.fixture(scope="session")

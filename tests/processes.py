@@ -23,6 +23,11 @@ def batches_in_shared_memory():
     return {name for name in names if name.split("_")[1] not in running}
 
 
+def wait_until_no_batches_but(before):
+    """Waits until /dev/shm has no more batches; tests beside this one leave some for moments."""
+    wait_for(lambda: batches_in_shared_memory() <= before)
+
+
 def process_ids():
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from program import CONFIG, ROOT, SMALL, flatten, run, run_program, same
+from program import CONFIG, ROOT, SMALL, flatten, run_preloaded, run_program, same
 
 from gmlp import can_recompute
 from weights import pdparams
@@ -57,7 +57,7 @@ def evaluate(ranks, weights, combinations, output):
     code = f"import sys; from ranks import launch; sys.exit(launch.run({ranks}, 0, sys.argv[1:]))"
     words = [CONFIG, weights, output, json.dumps(combinations), *flatten(SMALL)]
     ranks_command = [sys.executable, "-c", EVALUATIONS, *words]
-    run([sys.executable, "-c", code, *ranks_command], cwd=ROOT).check()
+    run_preloaded([sys.executable, "-c", code, *ranks_command], cwd=ROOT).check()
     return json.loads((output / "results.json").read_text())
 
 

@@ -17,8 +17,26 @@ import termios
 import numpy as np
 import paddle
 import pytest
-from processes import HANG_SECONDS, batches_in_shared_memory, session_exists, wait_for
-from program import CONFIG, ROOT, SMALL, metrics, run, run_as_rank, run_program, same, start_program
+from processes import (
+    HANG_SECONDS,
+    batches_in_shared_memory,
+    session_exists,
+    wait_for,
+    wait_until_no_batches_but,
+)
+from program import (
+    CONFIG,
+    ROOT,
+    SMALL,
+    flatten,
+    metrics,
+    run,
+    run_as_rank,
+    run_preloaded,
+    run_program,
+    same,
+    start_program,
+)
 
 from config import get_config
 from gmlp import build_gmlp
@@ -343,11 +361,38 @@ def test_flags_with_an_equals_sign_mean_the_same(trained, few_digits, tmp_path):
     assert "on 101 images" in result.out
 
 
+# Rank 0 comes to each barrier last, and rank 1 notices only long after rank 0 has gone on.
+SLOW_RANK = """
+import os, sys, time
+from types import SimpleNamespace
+sys.path.insert(0, {root!r})
+from ranks import stop
+barrier, sleep = stop.barrier, time.sleep
+if os.environ["PADDLE_TRAINER_ID"] == "0":
+    stop.barrier = lambda: (sleep(0.2), barrier())
+else:
+    stop.time = SimpleNamespace(sleep=lambda seconds: sleep(0.6))
+import main_multi_gpu
+sys.exit(main_multi_gpu.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_rank_that_is_slow_to_leave_is_waited_for(evaluates, trained, few_digits, tmp_path):
+    words = ["-cfg", CONFIG, "-data_path", few_digits, "-output", tmp_path]
+    words += ["-eval", "-pretrained", trained / "best.pdparams"] if evaluates else []
+    opts = {**SMALL, "TRAIN.NUM_EPOCHS": 1, "TRAIN.MODEL_EMA": False, "VALIDATE_FREQ": 1}
+    words += ["-opts", *flatten(opts)]
+    rank = [sys.executable, "-c", SLOW_RANK.format(root=str(ROOT)), *words]
+    code = "import sys; from ranks import launch; sys.exit(launch.run(2, 0, sys.argv[1:]))"
+    run_preloaded([sys.executable, "-c", code, *rank], cwd=ROOT).check()
+
+
 def test_ctrl_c_ends_every_process(few_digits, tmp_path):
     before = batches_in_shared_memory()
     process = start_program(
         few_digits, tmp_path, "-nprocs", 1, "-num_workers", 2, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: list(tmp_path.glob("train-*/Epoch-1.pdparams")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -355,7 +400,7 @@ def test_ctrl_c_ends_every_process(few_digits, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in out
     wait_for(lambda: not session_exists(process.pid))
-    assert batches_in_shared_memory() <= before
+    wait_until_no_batches_but(before)
 
 
 def test_a_terminal_shows_a_progress_bar(few_digits, tmp_path):

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from program import ROOT, run
+from program import ROOT, run_preloaded
 
 # Each rank trains: a step ends when all have begun it.  A rank's signal comes at its own step.
 RANK = """
@@ -43,6 +43,7 @@ MEET = """
         say("passed")
     except stop.Stopped:
         say("stopped")
+    stop.leave_together()
 """
 
 
@@ -53,7 +54,7 @@ def run_ranks(folder, code, signal_at, ranks=3, before=""):
     launcher = (
         f"import sys; from ranks import launch; sys.exit(launch.run({ranks}, 0, {command!r}))"
     )
-    result = run([sys.executable, "-c", launcher], cwd=ROOT, GLOG_minloglevel="2")
+    result = run_preloaded([sys.executable, "-c", launcher], cwd=ROOT)
     said = [(folder / str(rank)) for rank in range(ranks)]
     return result.status, [path.read_text() if path.exists() else "" for path in said], result.err
 
