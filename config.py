@@ -48,8 +48,10 @@ def _reals(default, length, *limits, **options):
     return _Key(default, *limits, length=length, **options)
 
 
+# What a key means stands beside it, or in the lines above it: tools/config_table.py makes the table
+# in docs/config.md of that.
 # fmt: off
-_KEYS = {
+KEYS = {
     "DATA.BATCH_SIZE": _whole(256, 1),  # training images per device and batch
     "DATA.BATCH_SIZE_EVAL": _whole(None, 1, none=True),  # the same in evaluation; None: BATCH_SIZE
     "DATA.DATA_PATH": _text("/dataset/imagenet/"),  # folder of train_list.txt and val_list.txt
@@ -76,26 +78,30 @@ _KEYS = {
     "MODEL.MIXER.MLP_RATIO": _real(6.0, _ABOVE_0),  # channels inside a block / EMBED_DIM
 
     "TRAIN.LAST_EPOCH": _whole(0, 0),  # epochs that count as already done
-    "TRAIN.NUM_EPOCHS": _whole(300, 1),
+    "TRAIN.NUM_EPOCHS": _whole(300, 1),  # epochs of the whole run, those of LAST_EPOCH included
     "TRAIN.WARMUP_EPOCHS": _real(20, 0),  # epochs of linear warm-up; fractions count
-    "TRAIN.WARMUP_STEPS": _whole(None, 0, none=True),  # new: optimizer steps, instead of epochs
+    # new: warm-up in optimizer steps, instead of in epochs where it is not None
+    "TRAIN.WARMUP_STEPS": _whole(None, 0, none=True),
     "TRAIN.WEIGHT_DECAY": _real(0.1, 0),  # AdamW's; not on biases and norms
     "TRAIN.BASE_LR": _real(1e-3, 0),  # learning rate after warm-up, before linear scaling
     "TRAIN.WARMUP_START_LR": _real(1e-6, 0),  # learning rate of the first step, before scaling
     "TRAIN.END_LR": _real(1e-5, 0),  # learning rate at the run's end, before scaling
-    "TRAIN.LR_SCHEDULE": _text("cosine", choices=["cosine"]),  # new: its curve after warm-up
+    # new: the learning rate's curve after warm-up, of training/optim.py's SCHEDULES
+    "TRAIN.LR_SCHEDULE": _text("cosine", choices=["cosine"]),
     "TRAIN.GRAD_CLIP": _real(None, _ABOVE_0, none=True),  # largest global norm of the gradients
     "TRAIN.ACCUM_ITER": _whole(1, 1),  # batches whose gradients make one optimizer step
-    "TRAIN.LINEAR_SCALED_LR": _real(512, 1, none=True),  # learning rates x images per step / this
+    # BASE_LR, WARMUP_START_LR and END_LR are multiplied by images per optimizer step / this; None:
+    # they are taken as they are
+    "TRAIN.LINEAR_SCALED_LR": _real(512, 1, none=True),
     # new: learning rate of a block / that of the next; the head has the whole, the patch embedding
     # the lowest (for fine-tuning; BEiT and MAE take 0.65 to 0.9); None: the same everywhere
     "TRAIN.LAYER_DECAY": _real(None, _ABOVE_0, 1, none=True),
     "TRAIN.RECOMPUTE": _switch(False),  # new: less memory, a third more computation
     "TRAIN.FREEZE_BACKBONE": _switch(False),  # new: train the head alone
 
-    "TRAIN.OPTIMIZER.NAME": _text("AdamW", choices=["AdamW"]),
-    "TRAIN.OPTIMIZER.EPS": _real(1e-8, _ABOVE_0),
-    "TRAIN.OPTIMIZER.BETAS": _reals((0.9, 0.999), 2, 0, 0.999999999),
+    "TRAIN.OPTIMIZER.NAME": _text("AdamW", choices=["AdamW"]),  # in training/optim.py's OPTIMIZERS
+    "TRAIN.OPTIMIZER.EPS": _real(1e-8, _ABOVE_0),  # added to the root of the second moment
+    "TRAIN.OPTIMIZER.BETAS": _reals((0.9, 0.999), 2, 0, 0.999999999),  # of the two moments
 
     "TRAIN.MODEL_EMA": _switch(False),  # average the weights exponentially, validate the average
     "TRAIN.MODEL_EMA_DECAY": _real(0.99996, 0, 1),  # share of the average kept at each step
@@ -106,7 +112,7 @@ _KEYS = {
     "TRAIN.AUTO_AUGMENT": _switch(False),  # AutoAugment's ImageNet policy
     "TRAIN.RAND_AUGMENT": _switch(True),  # RandAugment; wins where AUTO_AUGMENT is on as well
     "TRAIN.RAND_AUGMENT_LAYERS": _whole(2, 0, 100),  # operators drawn per image
-    "TRAIN.RAND_AUGMENT_MAGNITUDE": _real(9, 0, 10),
+    "TRAIN.RAND_AUGMENT_MAGNITUDE": _real(9, 0, 10),  # strength of those, 10 is the most
     # new: the operators that it draws from, names of augment.py's OPERATORS; None: timm's 15
     "TRAIN.RAND_AUGMENT_OPERATORS": _text(None, none=True, length=_ANY),
     "TRAIN.CROP_SCALE": _reals([0.08, 1.0], 2, _ABOVE_0, 1),  # new: random crop / image, by area
@@ -116,12 +122,13 @@ _KEYS = {
     "TRAIN.MIXUP_ALPHA": _real(0.8, 0),  # Beta(alpha, alpha) of mixup's weight; 0: no mixup
     "TRAIN.MIXUP_PROB": _real(1.0, 0, 1),  # probability that mixup or cutmix is applied
     "TRAIN.MIXUP_SWITCH_PROB": _real(0.5, 0, 1),  # probability of cutmix where both are on
-    "TRAIN.MIXUP_MODE": _text("batch", choices=["batch", "pair", "elem"]),  # what shares a draw
+    # what shares a draw: the batch, an image and its partner (pair), or nothing (elem)
+    "TRAIN.MIXUP_MODE": _text("batch", choices=["batch", "pair", "elem"]),
     "TRAIN.CUTMIX_ALPHA": _real(1.0, 0),  # Beta(alpha, alpha) of cutmix's area; 0: no cutmix
     "TRAIN.CUTMIX_MINMAX": _reals(None, 2, 0, 1, none=True),  # box side / image side, not by alpha
 
     "TRAIN.RANDOM_ERASE_PROB": _real(0.25, 0, 1),  # probability per image
-    # Filled with noise ("pixel"), one random colour ("rand") or zeros ("const").
+    # what fills the boxes: noise (pixel), one random colour (rand) or zeros (const)
     "TRAIN.RANDOM_ERASE_MODE": _text("pixel", choices=["pixel", "rand", "const"]),
     "TRAIN.RANDOM_ERASE_COUNT": _whole(1, 1, 100),  # most boxes per image
     "TRAIN.RANDOM_ERASE_SPLIT": _switch(False),  # leave the first half of each batch as it is
@@ -153,7 +160,7 @@ _DEPTH_LIMIT = 50  # of lists and sections in each other; a configuration has fo
 _LITERAL_LIMIT = 200  # characters of a Python literal, such as (0.9, 0.999)
 
 # The program's flag -> the keys that it sets.
-_FLAGS = {
+FLAGS = {
     "dataset": ["DATA.DATASET"],
     "data_path": ["DATA.DATA_PATH"],
     "output": ["SAVE"],
@@ -223,7 +230,7 @@ def update_config(config, args):
     config.defrost()
     if getattr(args, "cfg", None):
         _merge_file(config, args.cfg)
-    for flag, keys in _FLAGS.items():
+    for flag, keys in FLAGS.items():
         value = getattr(args, flag, None)
         if value is None or value is False:  # a switch that is not given leaves the file's value
             continue
@@ -239,7 +246,7 @@ def update_config(config, args):
 
 def _defaults():
     config = CfgNode({"BASE": [""]})  # YAML files to load first, relative to this one; "" is none
-    for key, spec in _KEYS.items():
+    for key, spec in KEYS.items():
         *sections, name = key.split(".")
         node = config
         for section in sections:
@@ -318,7 +325,7 @@ def _merge_tree(config, tree, prefix, source):
 
 
 def _is_section(key):
-    return any(known.startswith(f"{key}.") for known in _KEYS)
+    return any(known.startswith(f"{key}.") for known in KEYS)
 
 
 def _set(config, key, value, source):
@@ -330,7 +337,7 @@ def _set(config, key, value, source):
         if value != default:
             warnings.warn(f"{source}: {key} {sentence}", ConfigWarning, stacklevel=2)
         return
-    if key not in _KEYS:
+    if key not in KEYS:
         raise ConfigError(f"{source}: there is no key {show(key)}{_suggest(key)}")
     *sections, name = key.split(".")
     for section in sections:
@@ -346,8 +353,8 @@ def _suggest(key):
     if _is_section(key):
         return " that takes a value: it is a section, write its keys below it"
     last_name = key[-200:].split(".")[-1].upper()
-    by_last_name = {known.split(".")[-1]: known for known in _KEYS}
-    similar = difflib.get_close_matches(key[:200].upper(), _KEYS, 1, 0.7)
+    by_last_name = {known.split(".")[-1]: known for known in KEYS}
+    similar = difflib.get_close_matches(key[:200].upper(), KEYS, 1, 0.7)
     similar_last = difflib.get_close_matches(last_name, by_last_name, 1, 0.7)
     if last_name in by_last_name:
         return f"; did you mean {by_last_name[last_name]}?"
@@ -358,7 +365,7 @@ def _suggest(key):
 
 def _convert(key, value):
     """`value` in the key's type; ValueError says what is wrong with it."""
-    spec = _KEYS[key]
+    spec = KEYS[key]
     # As yacs does: PaddleViT's files write None and (0.9, 0.999), which are text in YAML.
     if isinstance(value, str) and (spec.kind is not str or spec.length or value == "None"):
         value = _literal(value)
@@ -404,7 +411,7 @@ def _convert_one(spec, value):
     if spec.kind is str and not _is_plain(value):
         raise ValueError(f"is {show(value)}, with a character that no path can hold")
     if spec.low is not None and not spec.low <= value <= spec.high:  # true for NaN
-        raise ValueError(f"is {show(value)}, it must be {_describe_range(spec)}")
+        raise ValueError(f"is {show(value)}, it must be {describe_range(spec)}")
     return value
 
 
@@ -416,17 +423,18 @@ def _is_plain(text):
         return False
 
 
-def _describe_range(spec):
+def describe_range(spec):
+    """The range of a number's key in words; it has a `low`."""
     low = "above 0" if spec.low == _ABOVE_0 else f"at least {spec.low}"
     high = f"at most {spec.high}"
     if spec.low == -_NO_LIMIT:
-        return "a finite number"
+        return "finite"
     return low if spec.high == _NO_LIMIT else f"{low} and {high}"
 
 
 def _parse(key, text):
     """A value of -opts, read as YAML would read it; text stays text where the key holds text."""
-    if key in _KEYS and _KEYS[key].kind is str and not _KEYS[key].length:
+    if key in KEYS and KEYS[key].kind is str and not KEYS[key].length:
         return None if text == "null" else text
     try:
         return yaml.load(text, _YamlLoader)

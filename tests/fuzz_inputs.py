@@ -318,7 +318,7 @@ class Yaml:
 
         self.folder, self.config = folder, config
         default = config.get_config()
-        self.keys = list(config._KEYS)
+        self.keys = list(config.KEYS)
         self.defaults = {key: operator.attrgetter(key)(default) for key in self.keys}
         self.real = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         self.real.append(default.dump().encode())

@@ -488,7 +488,7 @@ def test_thousands_of_wild_yaml_files_load_or_are_refused_in_a_sentence(tmp_path
 
 def out_of_range(key):
     """Values that the key's limits refuse, as text for -opts."""
-    spec = config_module._KEYS[key]
+    spec = config_module.KEYS[key]
     wrong = [".nan", ".inf", "-.inf"]
     if spec.low == 5e-324:
         wrong += ["-1", "0.0"]
@@ -501,7 +501,7 @@ def out_of_range(key):
 
 
 @pytest.mark.parametrize(
-    "key", sorted(k for k, s in config_module._KEYS.items() if s.low is not None)
+    "key", sorted(k for k, s in config_module.KEYS.items() if s.low is not None)
 )
 def test_every_limited_key_refuses_what_is_out_of_its_range(key):
     for value in out_of_range(key):
