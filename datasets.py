@@ -111,8 +111,7 @@ class ImageList(ImageSource):
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{self.name}: cannot read this image list: {cause(error)}; -data_path (DATA_PATH "
-                "of the scripts) is a folder with train_list.txt and val_list.txt (README, data "
-                "preparation)"
+                "of the scripts) is a folder with train_list.txt and val_list.txt (docs/data.md)"
             ) from error
 
 
@@ -253,8 +252,7 @@ def build_dataset(config, train):
         raise DataError(
             f"DATA.DATASET must be {' or '.join(map(repr, DATASETS))}, not "
             f"{show(config.DATA.DATASET)} (any data set works in the layout of imagenet2012: a "
-            "folder with images, train_list.txt and val_list.txt, see the README's data "
-            "preparation)"
+            "folder with images, train_list.txt and val_list.txt, see docs/data.md)"
         )
     if config.DATA.IMAGE_CHANNELS != 3:
         raise DataError(

@@ -33,7 +33,7 @@ def main():
     print(f"outputs: {metrics.parent} and {evaluation.parent}")
     print(
         "next: DATA_PATH=/your/imagenet PRETRAINED=gmlp_s16_224.pdparams sh run_eval_multi.sh "
-        "(README, evaluation)"
+        "(docs/training.md)"
     )
 
 

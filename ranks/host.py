@@ -53,7 +53,7 @@ def prepare_cpu(ranks):
     """Sets what Paddle's libraries for the CPU read when they are loaded, unless it is set already.
 
     The cores are shared out among the ranks of this host.  Has to run before Paddle is imported.
-    The README tells of them (What a run sets on a CPU).
+    docs/performance.md tells of them (What a run sets on a CPU).
     """
     # Paddle takes one thread where this is unset.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))

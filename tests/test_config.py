@@ -16,7 +16,7 @@ from config import ConfigError, get_config, update_config
 from gmlp import build_gmlp
 from training import optim
 
-# PaddleViT's keys and defaults; the two lines marked "ours" differ from it on purpose (README).
+# PaddleViT's keys and defaults; the lines marked "ours" differ on purpose (docs/config.md).
 PADDLEVIT_DEFAULTS = {
     "BASE": [""],
     "DATA.BATCH_SIZE": 256,

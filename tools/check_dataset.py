@@ -53,9 +53,7 @@ def work(args):
     """Checks what the arguments say.  Returns the exit status."""
     config = update_config(get_config(), args)
     if not any(os.path.exists(os.path.join(args.data_path, name)) for name in args.lists):
-        raise ConfigError(
-            f"{args.data_path} has no {' or '.join(args.lists)} (README, data preparation)"
-        )
+        raise ConfigError(f"{args.data_path} has no {' or '.join(args.lists)} (docs/data.md)")
     workers = config.DATA.NUM_WORKERS
     workers = host.available_cores() if workers < 0 else max(1, workers)
     return check(args.data_path, args.lists, config.MODEL.NUM_CLASSES, workers)

@@ -4,7 +4,7 @@
     logits = model(images)  # as before: [batch, 3, 224, 224] -> [batch, classes]
 
 It fuses what the layers compute one by one, and uses oneDNN.  Logits are within 1e-4 of the layers'
-(in bfloat16 within some percent); the README has the speeds.
+(in bfloat16 within some percent); docs/performance.md has the speeds.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What training would take on other devices: the subcommand `plan`.
 
-Everything but the constants below is counted, measured or given; the README has the formulas in
-words.
+Everything but the constants below is counted, measured or given; docs/performance.md has the
+formulas in words.
 """
 
 import math
@@ -154,7 +154,7 @@ def memory_bytes(model, batch_size, recompute=False, ema=False):
 
 
 def plan(model, config, device, devices, loader_rate, epoch_images):
-    """What `devices` devices make of a config's recipe; the README tells of the columns.
+    """What `devices` devices make of a config's recipe; docs/performance.md tells of the columns.
 
     The images of an optimizer step stay the recipe's, as nearly as whole batches allow; its batch
     size is the most that a device takes at a time.
