@@ -1,0 +1,335 @@
+"""What the pages show works as printed, and what they name exists."""
+
+import ast
+import errno
+import functools
+import importlib
+import os
+import re
+import shlex
+import shutil
+from unittest import mock
+
+import numpy as np
+import paddle
+import pytest
+from golden import draw_images, draw_weights, load, timm_shapes, to_paddle
+from program import ROOT, run_tool
+
+import augment
+import config
+import datasets
+import main_multi_gpu
+from tools import check_dataset, config_table, make_lists, model_table
+from training import optim
+
+FRONT, CHINESE = ROOT / "README.md", ROOT / "README_cn.md"
+PAGES = [FRONT, *sorted(ROOT.glob("docs/*.md")), ROOT / "demo" / "README.md",
+         ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]  # fmt: skip
+every_page = pytest.mark.parametrize(
+    "page", [*PAGES, CHINESE], ids=lambda page: str(page.relative_to(ROOT))
+)
+
+
+def snippets(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+def output_below(page, command):
+    """The output that a page shows of a command, a snippet of snippets(page, "shell")."""
+    return page.read_text().split(command)[1].split("```")[2].strip()
+
+
+# --- what is shown works ---
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a gmlp_s16_224.pdparams like the published one, a picture and the configs."""
+    folder = tmp_path_factory.mktemp("published")
+    weights = to_paddle(draw_weights(timm_shapes(load("gmlp_s16_224"))))
+    paddle.save(
+        {name: paddle.to_tensor(value) for name, value in weights.items()},
+        str(folder / "gmlp_s16_224.pdparams"),
+    )
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copy(ROOT / "tests" / "data" / "images" / "odd_257x300.jpg", folder / "picture.jpg")
+    return folder
+
+
+def is_timms(model):
+    expected = load("gmlp_s16_224")["logits_float64"]
+    return np.abs(model(paddle.to_tensor(draw_images(224))).numpy() - expected).max() < 1e-5
+
+
+def test_the_front_pages_python_gives_timms_logits_and_a_class(published, monkeypatch, capsys):
+    monkeypatch.chdir(published)
+    (snippet,) = snippets(FRONT, "python")
+    names = {}
+    exec(snippet, names)
+    assert is_timms(names["model"]) and not names["model"].training
+    assert 0 <= int(capsys.readouterr().out) < 1000
+
+
+def test_weights_in_python_both_ways_give_timms_logits(published, monkeypatch):
+    monkeypatch.chdir(published)
+    ours, paddlevits = snippets(ROOT / "docs" / "deploy.md", "python")
+    names = {}
+    exec(ours, names)
+    model = names["model"]
+    assert (
+        is_timms(model) and model.forward_features(paddle.zeros([2, 3, 224, 224])).shape[1] == 256
+    )
+    model.set_state_dict({name: value * 0 for name, value in model.state_dict().items()})
+    exec(paddlevits, names)
+    assert is_timms(model)
+
+
+def test_another_format_of_data_is_read_as_shown(tmp_path):
+    (snippet, _) = snippets(ROOT / "docs" / "data.md", "python")
+    settings = config.get_config()
+    settings.DATA.DATA_PATH, settings.DATA.DATASET = str(tmp_path), "csv"
+    shutil.copy(ROOT / "tests" / "data" / "images" / "odd_257x300.jpg", tmp_path / "a.jpg")
+    (tmp_path / "val.csv").write_text("file,label\na.jpg,7\n")
+    with mock.patch.dict(datasets.DATASETS):
+        exec(snippet, {})
+        pixels, label = datasets.build_dataset(settings, train=False)[0, 0]
+    assert pixels.shape == (224, 224, 3) and label == 7
+
+
+def test_an_operator_is_added_as_shown():
+    (_, snippet) = snippets(ROOT / "docs" / "data.md", "python")
+    image = augment.Image.effect_noise((32, 32), 50).convert("RGB")
+    with mock.patch.dict(augment.OPERATORS):
+        exec(snippet, {})
+        blurred = augment.RandAugment(1, prob=1, operators=["Blur"])(
+            image, np.random.default_rng(0)
+        )
+    assert np.asarray(blurred).std() < 0.5 * np.asarray(image).std()
+
+
+def test_an_optimizer_and_a_schedule_are_added_as_shown():
+    (snippet,) = snippets(ROOT / "docs" / "design.md", "python")
+    settings = config.get_config().TRAIN
+    settings.OPTIMIZER.NAME, settings.LR_SCHEDULE, settings.BASE_LR = "Lamb", "linear", 0.1
+    layer = paddle.nn.Linear(3, 2)
+    before = layer.weight.numpy()
+    with mock.patch.dict(optim.OPTIMIZERS), mock.patch.dict(optim.SCHEDULES):
+        exec(snippet, {})
+        optimizer = optim.build_optimizer(config.CfgNode({"TRAIN": settings}), layer, 0.1)
+        layer(paddle.ones([1, 3])).sum().backward()
+        optimizer.step()
+        settings.LINEAR_SCALED_LR, settings.WARMUP_EPOCHS, settings.END_LR = None, 0, 0.0
+        rate = optim.LearningRate(settings, 1, 1)
+        assert rate(settings.NUM_EPOCHS // 2) == pytest.approx(0.05)
+    assert np.abs(layer.weight.numpy() - before).max() > 1e-4
+
+
+def test_the_commands_are_those_of_the_scripts():
+    commands = [text for text in snippets(ROOT / "docs" / "training.md", "shell")
+                if text.startswith("CUDA_VISIBLE_DEVICES=0,1")]  # fmt: skip
+    assert len(commands) == 2
+    for script, command in zip(("run_train_multi.sh", "run_eval_multi.sh"), commands):
+        words = re.findall(r"-(\w+)='?([\w./]+)", command)
+        text = (ROOT / script).read_text() + (ROOT / "tools" / "run_program.sh").read_text()
+        for flag, value in words:
+            name = value.rsplit("/", 1)[-1]
+            assert f"-{flag}" in text and name in text, (script, flag, value)
+
+
+def test_fine_tuning_is_the_same_command_on_both_pages_and_its_keys_fit():
+    def command(page):
+        (text,) = [s for s in snippets(page, "shell") if "-pretrained gmlp_s16_224.pdparams" in s]
+        words = shlex.split(text.replace("\\\n", " "))
+        start = words.index("main_multi_gpu.py")
+        return words[start + 1 : words.index("0.8", start) + 1]
+
+    words = command(FRONT)
+    assert words == command(ROOT / "docs" / "training.md")
+    words[words.index("-cfg") + 1] = str(ROOT / "configs" / "gmlp_s16_224.yaml")
+    args = main_multi_gpu.build_parser().parse_args(words)
+    train = config.update_config(config.get_config(), args).TRAIN
+    rate = optim.LearningRate(train, images_per_step=32, steps_per_epoch=31)  # 1,000 photographs
+    assert rate.warmup == 31 and rate.base == 5e-4 and rate.total == 930
+
+
+def test_lists_and_the_check_of_a_data_set_print_what_the_page_shows(digits, tmp_path):
+    page = ROOT / "docs" / "data.md"
+    for tool in (make_lists, check_dataset):
+        name = tool.__name__.replace("tools.", "tools/") + ".py"
+        command = next(text for text in snippets(page, "shell") if name in text)
+        root = digits
+        if tool is make_lists:
+            root = tmp_path / "digits"
+            (root / "train").mkdir(parents=True)
+            for folder in (digits / "train").iterdir():
+                (root / "train" / folder.name).symlink_to(folder)
+        words = [word.replace("data/digits", str(root)) for word in shlex.split(command)]
+        printed = (
+            run_tool(tool, *words[2:]).check().out.replace(shlex.quote(f"{root}/train"), "DIR")
+        )
+        assert printed.strip() == output_below(page, command).replace("data/digits/train", "DIR")
+
+
+# --- what is named exists ---
+
+
+def test_every_flag_and_key_on_the_pages_exists():
+    paths = [
+        *ROOT.glob("tools/[a-z]*.py"),
+        *ROOT.glob("demo/[a-z]*.py"),
+        ROOT / "tools/benchmark/__main__.py",
+    ]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    tools = [importlib.import_module(name) for name in names]
+    parsers = [module.build_parser() for module in (main_multi_gpu, *tools)
+               if hasattr(module, "build_parser")]  # fmt: skip
+    for parser in parsers:  # which grows by the parsers of subcommands
+        choices = [action.choices for action in parser._actions if not action.option_strings]
+        parsers += [each for some in choices if isinstance(some, dict) for each in some.values()]
+    actions = (action for parser in parsers for action in parser._actions)
+    flags = {option for action in actions for option in action.option_strings}
+    text = "\n".join(page.read_text() for page in PAGES)
+    shown = set(re.findall(r"(?<![\w-])(-[a-z_]{3,})(?=[= `\n])", text))
+    assert shown and shown <= flags, shown - flags
+    sections = r"\b(?:TRAIN|DATA|MODEL)\.[A-Z_.]+[A-Z]|(?<=`)(?:SAVE|KEEP|REPORT|CPU|AMP)_[A-Z_]+"
+    keys = set(re.findall(sections, text))
+    assert keys and keys <= set(config.KEYS), keys - set(config.KEYS)
+
+
+def anchors(page):
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M
+    )
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_every_file_and_section_that_a_page_links_to_exists(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    links += re.findall(r'src="(?!http)([^"]+)"', text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_every_file_that_a_page_names_exists(page):
+    text = re.sub(r"https?://\S+", "", page.read_text())
+    names = re.findall(
+        r"\b(?:tools|demo|tests|configs|docs|training|weights|ranks)/[\w/]+\.\w+", text
+    )
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("message", re.findall(
+    r"^\*\*`(.+)`\*\*$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M
+))  # fmt: skip
+def test_a_message_that_is_explained_is_one_of_the_programs(message):
+    fixed = [part.strip(" ();") for part in re.split("…|[:;] ", message)]
+    fixed = [part for part in fixed if len(part) > 3]
+    unknown = [part for part in fixed if part not in program_texts() and part not in SYSTEMS]
+    assert fixed and not unknown
+
+
+SYSTEMS = {os.strerror(number) for number in (errno.ENOENT, errno.ENOSPC)}  # the system's words
+
+
+@functools.cache
+def program_texts():
+    """All text in the program's sources; what differs in a message is a NUL."""
+    texts = []
+    for path in ROOT.glob("**/*.py"):
+        top = path.relative_to(ROOT).parts[0]
+        if top == "tests" or top.startswith("."):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, "value", None) for part in node.values]
+                texts.append("".join(p if isinstance(p, str) else "\0" for p in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_file_table_names_every_module():
+    page = (ROOT / "docs" / "design.md").read_text()
+    folders = ("", "training", "weights", "ranks", "tools", "demo")
+    for path in (path for folder in folders for path in (ROOT / folder).glob("[a-z]*.py")):
+        name = path.relative_to(ROOT)
+        assert f"[{name}](../{name})" in page, name
+
+
+# --- what is counted ---
+
+
+def test_the_model_table_is_the_tools_output():
+    printed = run_tool(model_table).check().out
+    zoo = FRONT.read_text()
+    for name in ("gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224"):
+        (row,) = [line for line in zoo.splitlines() if line.startswith(f"| [{name}]")]
+        (counted,) = [line for line in printed.splitlines() if name in line]
+        parameters, multiply_adds = re.findall(r"\d[\d,]{6,}", counted)
+        assert parameters in row and multiply_adds in zoo, name
+
+
+def test_published_weights_are_s16s():
+    weights = to_paddle(draw_weights(timm_shapes(load("gmlp_s16_224"))))
+    assert len(weights) == 306 and sum(np.size(v) for v in weights.values()) == 19_422_656
+
+
+def test_the_key_table_is_the_tools_output():
+    assert run_tool(config_table).check().out in config_table.PAGE.read_text(), (
+        "run tools/config_table.py -update"
+    )
+    meanings = config_table.meanings()
+    assert meanings.keys() == config.KEYS.keys() and all(meanings.values())
+
+
+def test_the_key_tables_update_changes_nothing_but_the_table(tmp_path):
+    page = tmp_path / "config.md"
+    text = config_table.PAGE.read_text()
+    page.write_text(re.sub(r"^\| `TRAIN.*\n", "", text, flags=re.M))
+    with mock.patch.object(config_table, "PAGE", page):
+        run_tool(config_table, "-update").check()
+    assert page.read_text() == text
+
+
+# --- the pages themselves ---
+
+
+def test_the_front_page_is_three_screens():
+    text = FRONT.read_text()
+    assert text.count("\n") <= 250 and len(text.split()) <= 2500
+
+
+def test_both_front_pages_show_the_same():
+    def parts(page):
+        text = page.read_text()
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        code = re.findall(r"`([^`]+)`", prose)
+        table = "".join(re.findall(r"^\|.*$", prose, re.M))
+        return {
+            "code blocks": re.findall(r"```.*?```", text, re.S),
+            "sections": [len(marks) for marks in re.findall(r"^(#+) ", prose, re.M)],
+            "links": sorted(set(re.findall(r"\]\(((?!README)[^)]+)\)", prose))),
+            "commands, flags and keys": sorted(set(code)),
+            "numbers in tables": sorted(re.findall(r"\d[\d.,]*\d", table)),
+        }
+
+    english, chinese = parts(FRONT), parts(CHINESE)
+    for name in english:
+        assert english[name] == chinese[name], name
+
+
+@every_page
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.search(r"@[A-Z]+@|TODO|XXX|FIXME", page.read_text())
+
+
+def test_the_linter_before_a_commit_is_the_suites():
+    wanted = re.search(r"ruff==([\d.]+)", (ROOT / "requirements-dev.txt").read_text())[1]
+    assert f"rev: v{wanted}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
