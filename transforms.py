@@ -24,8 +24,7 @@ from augment import BICUBIC, AutoAugment, ColorJitter, RandAugment
 class EvalTransform:
     """Resize the short side to floor(image_size / crop_pct), bicubic, and keep the centre square.
 
-    The same pixels as timm's evaluation transform, but for some in 100,000 that are a level apart
-    (hardly ever two).
+    The same pixels as timm's evaluation transform.
 
     Args:
         image_size: side of the output in pixels.
@@ -43,38 +42,22 @@ class EvalTransform:
 
     def __call__(self, image, rng=None):
         """PIL image (mode RGB) to uint8 [size, size, 3]; `rng` is not used."""
-        # Columns, then rows, of what is kept alone. One resize with box= would be simpler, but
-        # Pillow 13 may take the rows first (5 levels apart).
-        size, (width, height) = self.image_size, image.size
-        cut_x, left, right, columns, first_column = self._kept(width, min(width, height))
-        cut_y, top, bottom, rows, first_row = self._kept(height, min(width, height))
-        image = image.crop((cut_x, cut_y, width - cut_x, height - cut_y))
-        image = image.resize((columns, image.height), BICUBIC, box=(left, 0, right, image.height))
-        image = image.crop((first_column, 0, first_column + size, image.height))
-        image = image.resize((size, rows), BICUBIC, box=(0, top, size, bottom))
-        return np.asarray(image)[first_row : first_row + size]
+        image = _shorten(image)
+        size, sides = self.image_size, image.size
+        resized = [int(self.short_side * side / min(sides)) for side in sides]
+        left, top = (round((side - size) / 2) for side in resized)  # half to even, as torchvision
+        image = image.resize(resized, BICUBIC)
+        return np.asarray(image.crop((left, top, left + size, top + size)))
 
-    def _kept(self, side, short):
-        """What to resize of a side of the image: the centre crop, and now and then a bit more.
 
-        Returns:
-            (cut, start, end, count, first): pixels to cut off at both ends, the box in what is
-            left, its pixels when resized, and which of these is the crop's first.
-        """
-        resized = int(self.short_side * side / short)  # this and the next rounded as torchvision
-        crop = round((resized - self.image_size) / 2)
-        begin = min(crop, resized - crop - self.image_size)
-        # Pillow holds a box in float32. What that rounds off shows where the filter is symmetric,
-        # as its sum is often midway between two levels there: in the middle, so the box is
-        # symmetric too, and, where the two sizes share a divisor, at other places, so its edges
-        # are there where float32 holds them.
-        divisor = math.gcd(side, resized)
-        if divisor > 1:
-            step = resized // divisor
-            begin -= begin % (step // (step & -step))  # the odd part
-        cut = max(0, int(begin * side / resized) - math.ceil(2 * max(1, side / resized)))
-        end = float(np.float32((resized - begin) * side / resized - cut))
-        return cut, side - 2 * cut - end, end, resized - 2 * begin, crop - begin
+def _shorten(image):
+    """Cuts the ends off an image that is more than 64 times as long as wide.
+
+    They are not in the crop, and resized with it they would take gigabytes.
+    """
+    width, height = image.size
+    x, y = ((side - min(side, 64 * min(image.size))) // 2 for side in image.size)
+    return image.crop((x, y, width - x, height - y)) if x or y else image
 
 
 def random_crop_box(width, height, rng, scale, ratio):
@@ -117,7 +100,8 @@ class TrainTransform:
     def __call__(self, image, rng):
         """PIL image (mode RGB) and numpy Generator to uint8 [size, size, 3]."""
         box = random_crop_box(*image.size, rng, self.scale, self.ratio)
-        image = image.resize((self.image_size, self.image_size), BICUBIC, box=box)
+        # Not resize(box=box), whose filter sees pixels beyond the box.
+        image = image.crop(box).resize((self.image_size, self.image_size), BICUBIC)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augment is not None:
@@ -134,11 +118,13 @@ def build_transform(config, train):
     if not train:
         return EvalTransform(config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
     options, augment = config.TRAIN, None
+    fill = tuple(min(255, max(0, round(255 * mean))) for mean in config.DATA.IMAGENET_MEAN)
     if options.RAND_AUGMENT:
         layers, magnitude = options.RAND_AUGMENT_LAYERS, options.RAND_AUGMENT_MAGNITUDE
-        augment = RandAugment(layers, magnitude, operators=options.RAND_AUGMENT_OPERATORS)
+        names = options.RAND_AUGMENT_OPERATORS
+        augment = RandAugment(layers, magnitude, operators=names, fill=fill)
     elif options.AUTO_AUGMENT:
-        augment = AutoAugment()
+        augment = AutoAugment(fill=fill)
     elif options.COLOR_JITTER:
         augment = ColorJitter(options.COLOR_JITTER)
     crop = {"scale": options.CROP_SCALE, "ratio": options.CROP_RATIO}
