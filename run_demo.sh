@@ -22,7 +22,7 @@ if [ "$("$PYTHON" -c 'from ranks import launch; print(launch.count_gpus())')" = 
 fi
 PRETRAINED= sh run_train_multi.sh "$@"
 
-PRETRAINED=$(echo "$OUTPUT"/train-*)/best.pdparams
+PRETRAINED=$(echo "$OUTPUT"/train-*)/best_weights.pdparams
 export PRETRAINED
 sh run_eval_multi.sh
 "$PYTHON" demo/demo_summary.py "$OUTPUT"

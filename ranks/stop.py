@@ -76,8 +76,9 @@ class StopRequest:
         """Whether all ranks stop now; to be asked on every rank after each optimizer step.
 
         Signals reach the ranks at different steps.  A rank that got one announces how far it is and
-        trains on; all stop one step behind the furthest.  By then each of them knows of all the
-        others: no step ends before every rank has begun it, and so has announced itself.
+        trains on; all stop after the step that follows the furthest one.  By then each of them
+        knows of all the others: no step ends before every rank has begun it, and so has announced
+        itself.
 
         Args:
             steps: optimizer steps that this rank has tried, the same count on all ranks.

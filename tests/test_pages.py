@@ -201,7 +201,8 @@ def anchors(page):
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M
     )
-    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    named = set(re.findall(r'<a id="([^"]+)">', page.read_text()))
+    return named | {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
 
 
 @every_page
