@@ -140,19 +140,19 @@ def normalize(images, mean, std):
 
     Args:
         images: uint8 Tensor [batch, height, width, channels].
-        mean, std: float32 Tensors [channels], where 1 is full intensity.
+        mean, std: Tensors [channels], where 1 is full intensity.
 
     Returns:
-        float32 Tensor [batch, channels, height, width].
+        Tensor [batch, channels, height, width] of their type.
     """
     if (
         not paddle.in_dynamic_mode()
     ):  # in an exported program: plain operators, which its engine fuses
-        images = images.astype("float32").transpose([0, 3, 1, 2])
+        images = images.astype(mean.dtype).transpose([0, 3, 1, 2])
         return (images / 255 - mean.reshape([-1, 1, 1])) / std.reshape([-1, 1, 1])
     # Transposing bytes moves a quarter of the data, and a batch norm with fixed statistics does the
     # rest in one pass: less than half the time on a CPU.
-    images = images.transpose([0, 3, 1, 2]).astype("float32")
+    images = images.transpose([0, 3, 1, 2]).astype(mean.dtype)
     return F.batch_norm(images, 255 * mean, (255 * std) ** 2, epsilon=0)
 
 
@@ -199,22 +199,22 @@ def erase(images, boxes, mode):
     """Fill boxes of normalized images.
 
     Args:
-        images: float32 Tensor [batch, channels, height, width].
+        images: float Tensor [batch, channels, height, width].
         boxes: int array [batch, count, 4]; a later box covers an earlier one.
         mode: "pixel", normal noise; "rand", one normally distributed colour a box; "const", 0, the
             mean colour. Noise is from Paddle's device generator, which the caller seeds.
 
     Returns:
-        float32 Tensor like `images`.
+        Tensor like `images`.
     """
     batch, channels, height, width = images.shape
     for k in range(boxes.shape[1]):
         if mode == "pixel":
-            fill = paddle.randn([batch, channels, height, width], dtype="float32")
+            fill = paddle.randn([batch, channels, height, width], dtype=images.dtype)
         elif mode == "rand":
-            fill = paddle.randn([batch, channels, 1, 1], dtype="float32")
+            fill = paddle.randn([batch, channels, 1, 1], dtype=images.dtype)
         else:
-            fill = paddle.zeros([1], dtype="float32")
+            fill = paddle.zeros([1], dtype=images.dtype)
         images = paddle.where(_inside(boxes[:, k], height, width), fill, images)
     return images
 
@@ -222,7 +222,7 @@ def erase(images, boxes, mode):
 class Mix(NamedTuple):
     """How images are mixed with their partners, those of the flipped batch; n is batch or 1.
 
-    lam: float32 array [n], the share of an image's own label.
+    lam: float array [n], the share of an image's own label.
     boxes: int64 array [n, 4]: cutmix takes these pixels from the partner. Where there is no box it
         is mixup: lam of the image plus (1 - lam) of the partner.
     """
@@ -259,7 +259,7 @@ def draw_mix(
     boxes = _cutmix_boxes(rng, lam, np.array(size), minmax) * (cutmix & mixed)[:, None]
     top, left, bottom, right = boxes.T
     lam = np.where(cutmix, 1 - (bottom - top) * (right - left) / (size[0] * size[1]), lam)
-    mix = Mix(lam.astype(np.float32), boxes)
+    mix = Mix(lam, boxes)
     if mode == "pair":
         pair = np.minimum(np.arange(batch), np.arange(batch)[::-1])
         mix = Mix(mix.lam[pair], boxes[pair])
@@ -280,12 +280,12 @@ def _cutmix_boxes(rng, lam, size, minmax):
 
 
 def mix_images(images, mix):
-    """Mix a float32 Tensor [batch, channels, height, width] with its flip as a Mix says."""
+    """Mix a float Tensor [batch, channels, height, width] with its flip as a Mix says."""
     has_box = mix.boxes.any(axis=1)
     # An image's own weight: lam for mixup; for cutmix 1, and 0 in the box.
-    weight = paddle.to_tensor(np.where(has_box, np.float32(1), mix.lam)).reshape([-1, 1, 1, 1])
+    weight = paddle.to_tensor(np.where(has_box, 1, mix.lam), images.dtype).reshape([-1, 1, 1, 1])
     if has_box.any():
-        weight = weight * (1 - _inside(mix.boxes, *images.shape[2:]).astype("float32"))
+        weight = weight * (1 - _inside(mix.boxes, *images.shape[2:]).astype(images.dtype))
     return images * weight + images.flip(0) * (1 - weight)
 
 
@@ -295,15 +295,15 @@ def soft_targets(labels, num_classes, smoothing=0.0, lam=None):
     Args:
         labels: int64 Tensor [batch].
         smoothing: the share that is spread evenly over all classes.
-        lam: None, or float32 array [batch] or [1], the share of a row's own label.
+        lam: None, or float array [batch] or [1], the share of a row's own label.
 
     Returns:
-        float32 Tensor [batch, num_classes]; rows sum to 1.
+        Tensor [batch, num_classes] of Paddle's default type; rows sum to 1.
     """
-    targets = F.one_hot(labels, num_classes).astype("float32")
+    targets = F.one_hot(labels, num_classes).astype(paddle.get_default_dtype())
     targets = targets * (1 - smoothing) + smoothing / num_classes
     if lam is not None:
-        lam = paddle.to_tensor(lam).reshape([-1, 1])
+        lam = paddle.to_tensor(lam, targets.dtype).reshape([-1, 1])
         targets = targets * lam + targets.flip(0) * (1 - lam)
     return targets
 
@@ -317,8 +317,9 @@ class BatchTransform:
     """
 
     def __init__(self, config, train):
-        self.mean = paddle.to_tensor(config.DATA.IMAGENET_MEAN, dtype="float32")
-        self.std = paddle.to_tensor(config.DATA.IMAGENET_STD, dtype="float32")
+        dtype = paddle.get_default_dtype()
+        self.mean = paddle.to_tensor(config.DATA.IMAGENET_MEAN, dtype)
+        self.std = paddle.to_tensor(config.DATA.IMAGENET_STD, dtype)
         self.num_classes = config.MODEL.NUM_CLASSES
         self.options = config.TRAIN if train else None
 
@@ -331,8 +332,8 @@ class BatchTransform:
             rng: numpy Generator, for training's erasing and mixing.
 
         Returns:
-            float32 Tensor [batch, channels, height, width]; labels, or for training float32
-            [batch, num_classes].
+            Tensor [batch, channels, height, width] of Paddle's default type (float32); labels, or
+            for training Tensor [batch, num_classes].
         """
         batch, height, width, _ = images.shape
         images, lam, options = normalize(images, self.mean, self.std), None, self.options

@@ -203,7 +203,7 @@ class EMA:
         average.to(device=self.place)
         # As a Tensor beside the average: a number would be copied to the GPU at every call.
         self.weight = paddle.to_tensor(
-            1.0 - decay, dtype="float32", place=average.parameters()[0].place
+            1.0 - decay, paddle.get_default_dtype(), place=average.parameters()[0].place
         )
         average.eval()
         for param in average.parameters():

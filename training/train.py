@@ -250,7 +250,7 @@ class Training:
                 logits = self.model(images)
             # Not reduction="mean": Paddle 2.6 looks there for labels to ignore, and the host waits.
             losses = F.cross_entropy(
-                logits.astype("float32"), targets, soft_label=True, reduction="none"
+                logits.astype(targets.dtype), targets, soft_label=True, reduction="none"
             )
             loss = losses.mean()
             self.updater.scale(loss / group_size).backward()
