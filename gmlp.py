@@ -139,7 +139,8 @@ class GatedChannelMLP(nn.Layer):
 class DropPath(nn.Layer):
     """Stochastic depth: zeroes a sample's residual branch with probability `rate` in training.
 
-    The branches that stay are scaled by 1 / (1 - rate), so evaluation needs no correction.
+    The branches that stay are scaled by 1 / (1 - rate), so evaluation needs no correction.  In 16
+    bits that scale is rounded, and a branch stays with the probability that belongs to it.
     """
 
     def __init__(self, rate):
@@ -149,9 +150,10 @@ class DropPath(nn.Layer):
     def forward(self, x):
         if self.rate == 0.0 or not self.training:
             return x
-        keep = 1.0 - self.rate
-        mask = paddle.bernoulli(paddle.full([x.shape[0]] + [1] * (x.ndim - 1), keep, dtype=x.dtype))
-        return x * (mask / keep)
+        one_per_sample = [x.shape[0]] + [1] * (x.ndim - 1)
+        scale = paddle.full(one_per_sample, 1 / (1 - self.rate), dtype=x.dtype)
+        mask = paddle.bernoulli(1 / scale.astype("float32"))
+        return x * (scale * mask.astype(x.dtype))
 
 
 class GMLPBlock(nn.Layer):

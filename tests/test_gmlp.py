@@ -206,6 +206,19 @@ def test_drop_path_drops_whole_branches_of_a_share_of_the_samples():
     assert np.abs(branch).max(axis=(1, 2)).min() > 1e-3  # so that "kept" means something
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # a CPU multiplies no float16
+def test_drop_path_keeps_the_expectation_in_the_type_that_it_is_used_in(monkeypatch, dtype, rate):
+    drawn = []
+    monkeypatch.setattr(paddle, "bernoulli", lambda p: drawn.append(p) or paddle.ones_like(p))
+    path = DropPath(rate)
+    scale = path(paddle.ones([3, 2, 2]).astype(dtype))
+    assert scale.dtype == getattr(paddle, dtype) and drawn[0].dtype == paddle.float32
+    expectation = scale.astype("float64").numpy() * drawn[0].astype("float64").numpy()
+    np.testing.assert_allclose(expectation, 1.0, atol=2e-7)
+    np.testing.assert_allclose(drawn[0].numpy(), 1 - rate, rtol=4e-3)  # half a step of bfloat16
+
+
 def test_drop_path_rate_is_the_same_in_every_block_and_off_in_evaluation():
     model = build_gmlp(tiny_config(MODEL__DROPPATH=0.3))
     layers = [layer for layer in model.sublayers() if isinstance(layer, DropPath)]
