@@ -1,5 +1,6 @@
 """Configuration: PaddleViT's keys and files, the order of what wins, errors in one sentence."""
 
+import math
 import operator
 import subprocess
 import sys
@@ -107,6 +108,84 @@ PAPER_RECIPE = {
     "TRAIN.RAND_AUGMENT": False,
     "TRAIN.RANDOM_ERASE_PROB": 0.0,
     "TRAIN.MODEL_EMA": False,
+}
+
+
+# The smallest and the largest value that each key of numbers takes: ints where it takes whole ones
+# alone.
+FINITE, ABOVE_0 = sys.float_info.max, 5e-324
+LIMITS = {
+    "DATA.BATCH_SIZE": (1, FINITE),
+    "DATA.BATCH_SIZE_EVAL": (1, FINITE),
+    "DATA.IMAGE_SIZE": (1, FINITE),
+    "DATA.IMAGE_CHANNELS": (1, FINITE),
+    "DATA.CROP_PCT": (0.01, 1.0),
+    "DATA.NUM_WORKERS": (-1, 1024),
+    "DATA.IMAGENET_MEAN": (-FINITE, FINITE),
+    "DATA.IMAGENET_STD": (ABOVE_0, FINITE),
+    "MODEL.NUM_CLASSES": (1, 2147483647),
+    "MODEL.DROPOUT": (0.0, 0.999),
+    "MODEL.ATTENTION_DROPOUT": (0.0, 0.999),
+    "MODEL.DROPPATH": (0.0, 0.999),
+    "MODEL.MIXER.PATCH_SIZE": (1, FINITE),
+    "MODEL.MIXER.EMBED_DIM": (1, FINITE),
+    "MODEL.MIXER.DEPTH": (1, FINITE),
+    "MODEL.MIXER.MLP_RATIO": (ABOVE_0, FINITE),
+    "TRAIN.LAST_EPOCH": (0, FINITE),
+    "TRAIN.NUM_EPOCHS": (1, FINITE),
+    "TRAIN.WARMUP_EPOCHS": (0.0, FINITE),
+    "TRAIN.WARMUP_STEPS": (0, FINITE),
+    "TRAIN.WEIGHT_DECAY": (0.0, FINITE),
+    "TRAIN.BASE_LR": (0.0, FINITE),
+    "TRAIN.WARMUP_START_LR": (0.0, FINITE),
+    "TRAIN.END_LR": (0.0, FINITE),
+    "TRAIN.GRAD_CLIP": (ABOVE_0, FINITE),
+    "TRAIN.ACCUM_ITER": (1, FINITE),
+    "TRAIN.LINEAR_SCALED_LR": (1.0, FINITE),
+    "TRAIN.LAYER_DECAY": (ABOVE_0, 1.0),
+    "TRAIN.OPTIMIZER.EPS": (ABOVE_0, FINITE),
+    "TRAIN.OPTIMIZER.BETAS": (0.0, 0.999999999),
+    "TRAIN.MODEL_EMA_DECAY": (0.0, 1.0),
+    "TRAIN.SMOOTHING": (0.0, 1.0),
+    "TRAIN.COLOR_JITTER": (0.0, FINITE),
+    "TRAIN.RAND_AUGMENT_LAYERS": (0, 100),
+    "TRAIN.RAND_AUGMENT_MAGNITUDE": (0.0, 10.0),
+    "TRAIN.CROP_SCALE": (ABOVE_0, 1.0),
+    "TRAIN.CROP_RATIO": (ABOVE_0, FINITE),
+    "TRAIN.HFLIP": (0.0, 1.0),
+    "TRAIN.MIXUP_ALPHA": (0.0, FINITE),
+    "TRAIN.MIXUP_PROB": (0.0, 1.0),
+    "TRAIN.MIXUP_SWITCH_PROB": (0.0, 1.0),
+    "TRAIN.CUTMIX_ALPHA": (0.0, FINITE),
+    "TRAIN.CUTMIX_MINMAX": (0.0, 1.0),
+    "TRAIN.RANDOM_ERASE_PROB": (0.0, 1.0),
+    "TRAIN.RANDOM_ERASE_COUNT": (1, 100),
+    "SAVE_FREQ": (1, FINITE),
+    "SAVE_FREQ_STEPS": (0, FINITE),
+    "KEEP_LAST": (0, FINITE),
+    "REPORT_FREQ": (1, FINITE),
+    "VALIDATE_FREQ": (1, FINITE),
+    "SEED": (0, 9223372036854775807),
+}
+LENGTHS = {
+    "DATA.IMAGENET_MEAN": 3,
+    "DATA.IMAGENET_STD": 3,
+    "TRAIN.OPTIMIZER.BETAS": 2,
+    "TRAIN.CROP_SCALE": 2,
+    "TRAIN.CROP_RATIO": 2,
+    "TRAIN.CUTMIX_MINMAX": 2,
+}
+MAY_BE_NONE = {
+    "DATA.BATCH_SIZE_EVAL",
+    "MODEL.RESUME",
+    "MODEL.PRETRAINED",
+    "TRAIN.WARMUP_STEPS",
+    "TRAIN.GRAD_CLIP",
+    "TRAIN.LINEAR_SCALED_LR",
+    "TRAIN.LAYER_DECAY",
+    "TRAIN.COLOR_JITTER",
+    "TRAIN.RAND_AUGMENT_OPERATORS",
+    "TRAIN.CUTMIX_MINMAX",
 }
 
 
@@ -465,7 +544,7 @@ def test_a_cycle_of_base_files_is_refused(tmp_path, parents):
     (tmp_path / "x").mkdir()
     for name, parent in zip(["a.yaml", "b.yaml"], parents):
         write(tmp_path, name, f"BASE: [{parent}]")
-    assert "cycle" in refusal(get_config, tmp_path / "a.yaml")
+    assert refusal(get_config, tmp_path / "a.yaml").endswith(": a cycle")
 
 
 @pytest.mark.parametrize("text", ["'1if 2'", r'"\d"', "'{[]: 1}'"])
@@ -486,26 +565,52 @@ def test_thousands_of_wild_yaml_files_load_or_are_refused_in_a_sentence(tmp_path
     fuzz_inputs.run("yaml", tmp_path, seed, count=5000)
 
 
-def out_of_range(key):
-    """Values that the key's limits refuse, as text for -opts."""
-    spec = config_module.KEYS[key]
-    wrong = [".nan", ".inf", "-.inf"]
-    if spec.low == 5e-324:
-        wrong += ["-1", "0.0"]
-    elif spec.low > -sys.float_info.max:
-        wrong.append(str(spec.low - 1))
-    if spec.high != sys.float_info.max:
-        wrong.append(str(spec.high + 1))
-    length = spec.length
-    return [f"[{', '.join([value] * length)}]" if length else value for value in wrong]
+def test_lists_may_be_nested_as_deeply_as_fifty_and_no_deeper(tmp_path):
+    # The file and SEED's value are two of them.
+    text = "SEED: {0}1{1}"
+    deep, deeper = (
+        refusal(get_config, write(tmp_path, text=text.format("[" * n, "]" * n))) for n in (48, 49)
+    )
+    assert "a whole number" in deep and "nested too deeply" in deeper
 
 
-@pytest.mark.parametrize(
-    "key", sorted(k for k, s in config_module.KEYS.items() if s.low is not None)
-)
-def test_every_limited_key_refuses_what_is_out_of_its_range(key):
-    for value in out_of_range(key):
-        assert key in refusal(update, opts=[key, value])
+def test_every_key_of_numbers_has_a_limit_that_is_tested():
+    numbers = {key for key, spec in config_module.KEYS.items() if spec.kind in (int, float)}
+    assert numbers == set(LIMITS)
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_every_key_of_numbers_takes_its_limits_and_refuses_what_is_beyond(key):
+    def opts(value):
+        value = [value] * LENGTHS[key] if key in LENGTHS else value
+        return [key, yaml.safe_dump(value, default_flow_style=True, width=200).split("\n")[0]]
+
+    low, high = LIMITS[key]
+    for limit in (low, high):
+        taken = operator.attrgetter(key)(update(opts=opts(limit)))
+        taken = list(taken) if key in LENGTHS else [taken]
+        assert taken == [limit] * len(taken) and {type(item) for item in taken} == {type(low)}
+    wrong = [math.inf, -math.inf, math.nan]
+    for limit, direction in ((low, -1), (high, 1)):
+        whole = isinstance(limit, int)
+        wrong.append(limit + direction if whole else math.nextafter(limit, direction * math.inf))
+    for value in wrong:
+        assert f"-opts: {key} " in refusal(update, opts=opts(value)), value
+
+
+@pytest.mark.parametrize("key", sorted(config_module.KEYS))
+def test_null_is_taken_where_none_has_a_meaning_and_refused_elsewhere(tmp_path, key):
+    text = "null"
+    for name in reversed(key.split(".")):
+        text = f"{{{name}: {text}}}"
+    path = write(tmp_path, text=text)
+    ways = [(get_config, (path,), {}), (update, (), {"opts": [key, "null"]})]
+    for function, arguments, options in ways:
+        if key in MAY_BE_NONE:
+            assert operator.attrgetter(key)(function(*arguments, **options)) is None
+        else:
+            message = refusal(function, *arguments, **options)
+            assert f": {key} must be " in message and message.endswith(", not None")
 
 
 @pytest.mark.parametrize(
