@@ -3,6 +3,7 @@
 import ctypes
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -51,6 +52,18 @@ def test_it_leaves_the_process_its_threads(monkeypatch):
     finally:
         paddle.base.core.set_num_threads(before)
     assert threads_of() == before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("more, compiles", [(0, False), (1, True)])
+def test_it_is_worth_it_by_the_images_of_a_rank(monkeypatch, ranks, more, compiles):
+    monkeypatch.setattr(inference, "can_compile", lambda: True)
+    monkeypatch.setattr(inference, "CompiledModel", lambda *args: "compiled")
+    config = SimpleNamespace(CPU_INFERENCE="auto")
+    images, log = range((1000 + more) * ranks), SimpleNamespace(info=lambda text: None)
+    run = SimpleNamespace(config=config, val_data=images, world_size=ranks, log=log, on_gpu=False)
+    run.model = golden.build("tiny")
+    assert (inference.choose_model(run) == "compiled") == compiles
 
 
 def scores_of(output):

@@ -1,9 +1,13 @@
 """Ending when asked: the ranks agree on a step and pass a barrier all or none."""
 
+import os
+import signal
 import sys
 
 import pytest
 from program import ROOT, run_preloaded
+
+from ranks import stop
 
 # Each rank trains: a step ends when all have begun it.  A rank's signal comes at its own step.
 RANK = """
@@ -57,6 +61,20 @@ def run_ranks(folder, code, signal_at, ranks=3, before=""):
     result = run_preloaded([sys.executable, "-c", launcher], cwd=ROOT)
     said = [(folder / str(rank)) for rank in range(ranks)]
     return result.status, [path.read_text() if path.exists() else "" for path in said], result.err
+
+
+def test_signals_are_noted_within_and_have_their_effect_again_after_it():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    request, before = stop.StopRequest(), [signal.getsignal(number) for number in numbers]
+    try:
+        with request.finishing():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        assert request.signal_number == signal.SIGTERM  # the first
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL] * 2
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ from golden import config_of
 from paddle.nn import functional as F
 
 from gmlp import build_gmlp
+from ranks import stop
 from training import evaluate, optim
 from training import train as training_module
 from training.resume import Start
@@ -50,11 +52,10 @@ def make_training(
 ):  # fmt: skip
     """A Training of plain SGD on these batches; `parts` are those of its stand-in for a Run."""
     model = model or make_model()
-    config = config_of("tiny")
+    config = parts.setdefault("config", config_of("tiny"))
     config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER = len(batches[0][1]), accum_iter
     config.SEED, config.REPORT_FREQ = seed, report_freq
     run = {
-        "config": config,
         "model": model,
         "rank": 0,
         "world_size": 1,
@@ -177,6 +178,49 @@ def test_reports_give_the_mean_loss_since_the_last():
     expected = [np.mean(losses[:2]), np.mean(losses[2:4]), losses[4]]
     assert [row["loss"] for row in rows] == pytest.approx(expected, abs=1e-6)
     assert mean == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+def test_reports_give_the_images_of_all_ranks_in_a_second_since_the_last(monkeypatch):
+    now, seconds, rows = [0.0], iter([1, 3, 1]), []
+
+    def transform(images, labels, rng):
+        now[0] += next(seconds)
+        return one_hot(images, labels, rng)
+
+    def write(**row):
+        now[0] += 100  # what a report takes counts for none
+        rows.append(row)
+
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(training_module, "time", clock)
+    batches, written = make_batches(3, 4), types.SimpleNamespace(write=write)
+    training = make_training(batches, report_freq=2, batch_transform=transform, metrics=written)
+    training.run.world_size = 3
+    training.train_batches(batches, epoch=1)
+    assert [row["images_per_second"] for row in rows] == [3 * 8 / 4, 3 * 4 / 1]
+
+
+@pytest.mark.parametrize("asked, signs", [(False, 0), (True, 3)])
+def test_each_batch_is_a_sign_of_life_once_the_run_was_asked_to_end(monkeypatch, asked, signs):
+    seen = []
+    monkeypatch.setattr(stop, "request", stop.StopRequest())
+    monkeypatch.setattr(stop, "report_alive", lambda: seen.append(True))
+    if asked:
+        stop.request.take(signal.SIGTERM)
+    with pytest.raises(stop.Stopped) if asked else contextlib.nullcontext():
+        train(make_batches(5, 2), accum_iter=3)  # it ends after its first step
+    assert len(seen) == signs
+
+
+@pytest.mark.parametrize("steps, warned", [(10, False), (11, True)])
+def test_a_warm_up_beyond_the_whole_run_is_warned_of(steps, warned):
+    config, said = config_of("tiny"), []
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_STEPS = 2, steps
+    log = types.SimpleNamespace(info=lambda text: None, warning=said.append)
+    make_training(make_batches(5, 2), config=config, log=log)
+    assert [text.split(":")[0] for text in said] == (
+        ["warm-up is longer than the whole run of 10 steps"] if warned else []
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_training():
