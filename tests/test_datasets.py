@@ -3,16 +3,20 @@
 import io
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
 import fuzz_inputs
 import numpy as np
 import paddle
+import preloaded
 import pytest
 from PIL import Image
+from processes import HANG_SECONDS, is_running, parent_of, process_ids, wait_for
 from program import ROOT
 
 import datasets
@@ -27,6 +31,7 @@ from datasets import (
     build_dataset,
 )
 from ranks import loader
+from ranks.host import remove_batches
 from ranks.loader import build_loader, require_shared_memory
 
 SIZE = 16
@@ -160,7 +165,7 @@ def test_all_wrong_lines_can_be_collected_and_the_others_keep_their_numbers(tmp_
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
 def test_an_empty_list_is_named(tmp_path, content):
     message = refusal(read_list, tmp_path, content)
-    assert str(tmp_path / "val_list.txt") in message and "empty" in message
+    assert message == f"{tmp_path / 'val_list.txt'}: the list is empty"
 
 
 def test_a_missing_list_is_named_with_what_a_data_folder_needs(tmp_path):
@@ -494,14 +499,16 @@ def test_a_rank_without_images_gets_no_batch(folder, workers):
     assert batches_of(dataset_of(folder), EvalSampler(1, 8, 1, 2), workers) == []
 
 
-LOAD = """
-import sys
+OPEN = """
+import sys, time
 from config import get_config
 from datasets import EvalSampler, build_dataset
 from ranks.loader import build_loader
 config = get_config()
 config.DATA.DATA_PATH, config.DATA.IMAGE_SIZE = sys.argv[1], 16
 dataset = build_dataset(config, False)
+"""
+LOAD = """
 if sys.argv[3] == "bug":
     def transform(image, rng):
         return len(rng)
@@ -519,7 +526,7 @@ except Exception as error:
 def load_elsewhere(folder, workers, kind):
     """What loading all batches prints, in a process of its own, as a loader may hang for good."""
     return subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), str(workers), kind],
+        [sys.executable, "-c", OPEN + LOAD, str(folder), str(workers), kind],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -544,6 +551,51 @@ def test_a_damaged_image_stops_any_loader_with_its_sentence(folder, tmp_path, wo
 def test_a_bug_in_a_transform_does_not_hang_the_loader(folder, workers):
     done = load_elsewhere(folder, workers, "bug")
     assert "Generator' has no len()" in done.stdout + done.stderr
+
+
+HOLD = """
+batches = build_loader(dataset, EvalSampler(11, 1, 0, 1), 2, 16)
+next(batches)
+open(sys.argv[2], "w").close()
+time.sleep(1000)
+"""
+
+
+def children():
+    return {pid for pid in process_ids() if parent_of(pid) == os.getpid()}
+
+
+def test_loader_workers_end_with_a_process_that_is_killed_without_a_launcher(folder, tmp_path):
+    command = [sys.executable, "-c", OPEN + HOLD, str(folder), str(tmp_path / "loads")]
+    holder = preloaded.Program(command, dict(os.environ), ROOT)
+    wait_for((tmp_path / "loads").exists, holder)
+    workers = [pid for pid in process_ids() if parent_of(pid) == holder.pid]
+    assert len(workers) == 2
+    holder.kill()
+    try:
+        wait_for(lambda: not any(map(is_running, workers)))
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+        remove_batches(workers)  # nobody is left who does
+
+
+def test_a_worker_that_hangs_is_gone_when_a_loader_is_closed(folder, monkeypatch):
+    def hang(image, rng):
+        if hang.calls:
+            time.sleep(HANG_SECONDS)
+        hang.calls += 1
+        return np.zeros((SIZE, SIZE, 3), np.uint8)
+
+    hang.calls, hang.image_size = 0, SIZE
+    monkeypatch.setattr(loader, "_END_SECONDS", 0.1)
+    dataset, before = dataset_of(folder), children()
+    dataset.transform = hang
+    batches = build_loader(dataset, EvalSampler(11, 1, 0, 1), 2, SIZE)
+    next(batches)
+    assert len(children() - before) == 2
+    batches.close()
+    assert children() <= before  # not even as a zombie, which may not have left its batch yet
 
 
 def test_too_little_shared_memory_is_said_before_a_worker_dies(tmp_path):
