@@ -113,8 +113,34 @@ def test_a_checkpoint_whose_numbers_cannot_be_is_refused(wrong, tmp_path):
     pdparams.write(path, good)
     assert state.read(path)["step"] == 2
     pdparams.write(path, {**good, **wrong})
-    with pytest.raises(checkpoint.WeightsError, match=r"x\.pdparams"):
+    # The first key is the wrong one; what has no weights is none of the numbers.
+    key = next(iter(wrong))
+    what = "holds no weights " if key == "model_ema" else f"impossible values of {key}: "
+    with pytest.raises(checkpoint.WeightsError, match=rf"x\.pdparams: {what}"):
         state.read(path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "possible"),
+    [
+        ({"batch": 1, "run": {"images": 20, "batch_size": 1, "ranks": 1}}, True),
+        ({"batch": 2, "run": {"images": 20, "batch_size": 5, "ranks": 2}}, True),
+        ({"batch": 2, "run": {"images": 19, "batch_size": 5, "ranks": 2}}, False),
+        ({"batch": 1, "run": {"images": 20, "batch_size": 0, "ranks": 1}}, False),
+        ({"run": {"model_name": "n" * 200}}, True),
+        ({"run": {"model_name": "n" * 201}}, False),
+    ],
+    ids=["one image", "a whole epoch", "more than that", "no image", "a long name", "longer"],
+)
+def test_a_checkpoint_is_taken_up_to_the_edge_of_what_can_be(facts, possible, tmp_path):
+    path = tmp_path / "x.pdparams"
+    pdparams.write(path, {"model": make_weights(make_model()), "epoch": 1, **facts})
+    if possible:
+        assert state.read(path)["run"] == facts["run"]
+    else:
+        wrong = "batch" if "batch" in facts else "run"
+        with pytest.raises(checkpoint.WeightsError, match=f": impossible values of {wrong}: "):
+            state.read(path)
 
 
 def test_a_stale_temporary_link_does_not_reach_an_old_checkpoint(tmp_path):
@@ -282,6 +308,15 @@ def test_a_kill_at_any_file_operation_leaves_two_checkpoints(call, tmp_path):
     epochs = epochs_in(tmp_path)
     assert {1, 2} <= {*epochs.values()} or {2, 3} <= {*epochs.values()}
     assert epochs["last"] == 2 or epochs["previous"] == 2
+
+
+def test_of_files_of_one_moment_the_one_before_comes_last_and_epochs_go_by_number(tmp_path):
+    for name in ("previous", "Epoch-9", "last", "Epoch-10", "best"):
+        path = tmp_path / f"{name}.pdparams"
+        path.touch()
+        os.utime(path, (1000, 1000))
+    names = [Path(path).stem for path in checkpoint.newest_first(str(tmp_path / "*"))]
+    assert names == ["Epoch-10", "Epoch-9", "last", "best", "previous"]
 
 
 @pytest.mark.parametrize("damaged, left", [(None, {3, 4}), ("Epoch-4", {1, 2, 3, 4})])
