@@ -194,6 +194,14 @@ def test_only_spatial_projections_change_and_the_caller_keeps_his_own():
     checkpoint.assign_weights(model, fitted, "file")
 
 
+def test_weights_for_images_of_one_patch_are_resampled():
+    name = "mixer_layers.0.mlp_channels.gate.proj"
+    weights = {f"{name}.weight": np.full([1, 1], 9.0), f"{name}.bias": np.ones(1)}
+    fitted, side = resample_weights(weights, model_of(9), "file")
+    assert side == 1 and fitted[f"{name}.bias"].tolist() == [1.0] * 9
+    np.testing.assert_allclose(fitted[f"{name}.weight"], np.ones([9, 9]), rtol=1e-12)
+
+
 def test_tokens_that_are_no_square_are_refused():
     weight, bias = np.ones([60, 60], "float32"), np.ones(60, "float32")
     name = "mixer_layers.0.mlp_channels.gate.proj"
@@ -308,9 +316,9 @@ def test_the_study_evaluates_as_the_program_does(trained, few_digits, tmp_path, 
         (["-image_sizes", 30], ["-image_sizes 30", "multiple of the patch size, 4"]),
         (["-image_sizes", 0], ["-image_sizes 0"]),
         (["-image_sizes", -4], ["-image_sizes -4"]),
-        (["-pretrained", "gone.pdparams"], ["gone.pdparams"]),
-        (["-pretrained", str(ROOT)], [str(ROOT)]),
-        (["-cfg", "gone.yaml"], ["gone.yaml"]),
+        (["-pretrained", "gone.pdparams"], ["gone.pdparams does not exist"]),
+        (["-pretrained", str(ROOT)], [f"{ROOT} is a folder"]),
+        (["-cfg", "gone.yaml"], ["gone.yaml: cannot read this config file"]),
         (["-cfg", ROOT / "configs" / "gmlp_digits.yaml"], ["these are not this model's weights"]),
         (["-data_path", "/gone"], ["/gone/val_list.txt"]),
     ],
@@ -331,7 +339,7 @@ def test_the_study_answers_help_and_wrong_flags_without_paddle(tmp_path):
     text = run([sys.executable, TOOL, "-h"], **path).check().out
     for flag in ("-cfg", "-pretrained", "-data_path", "-image_sizes", "-seed"):
         assert flag in text
-    run([sys.executable, TOOL, "-cfg", CONFIG_32], **path).refused(2, "-pretrained")
+    run([sys.executable, TOOL, "-cfg", CONFIG_32], **path).refused(2, "required: -pretrained")
 
 
 @pytest.mark.slow

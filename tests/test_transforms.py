@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import random
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -177,6 +178,16 @@ def test_random_crops_cover_the_whole_range_of_areas_aspects_and_places():
 def test_an_image_too_long_for_any_crop_gives_its_centre(size, box):
     rng = np.random.default_rng(0)
     assert transforms.random_crop_box(*size, rng, (0.9, 1), (3 / 4, 4 / 3)) == box
+
+
+@pytest.mark.parametrize(
+    ("too_large", "box"), [(9, (0, 0, 32, 32)), (10, (433, 0, 566, 100))], ids=["tenth", "none"]
+)
+def test_ten_draws_may_fail_before_a_crop_is_the_central_one(too_large, box):
+    # A share of the area and log(width / height); squares of 316 pixels, then those of 32.
+    draws = iter([1.0, 0.0] * too_large + [0.01, 0.0] * 2)
+    rng = SimpleNamespace(uniform=lambda low, high: next(draws), integers=lambda count: 0)
+    assert transforms.random_crop_box(1000, 100, rng, (0.01, 1), (3 / 4, 4 / 3)) == box
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (2, 2)])
