@@ -62,7 +62,7 @@ def test_help_and_wrong_flags_answer_without_paddle(tmp_path):
         (["eval", "-cfg", "/gone.yaml"], 2, "/gone.yaml: cannot read"),
         (["loader", "-data_path", "/gone"], 2, "/gone/val_list.txt: cannot read this image list"),
         (["start", "-json", "/gone/file"], 2, "/gone/file: cannot be written"),
-        (["start", "-peer", "/gone/python"], 2, "/gone/python"),
+        (["start", "-peer", "/gone/python"], 2, "/gone/python cannot be started: "),
         (["start", "-peer", "/bin/true"], 1, "peer has ended (exit status 0)"),
         (["memory", "-lines", "100"], 2, "-lines 100 is too few to see 2 workers grow: take at"),
         (["plan", "-check", "-devices", "4"], 2, "-check predicts for this CPU: it takes no -dev"),

@@ -135,11 +135,11 @@ def test_help_and_wrong_flags_are_answered_without_paddle(folder, tmp_path):
     for flag in ("-data_path", "-num_classes", "-num_workers", "-lists"):
         assert flag in help_text
     tool = [sys.executable, TOOL, "-data_path"]
-    run([*tool, folder, "-epochs", 3], **path).refused(2, "-epochs")
+    run([*tool, folder, "-epochs", 3], **path).refused(2, "unrecognized arguments: -epochs")
     run([*tool, folder, "-num_classes", 0], **path).refused(2, "MODEL.NUM_CLASSES", "at least 1")
     run([*tool, tmp_path / "gone"], **path).refused(2, str(tmp_path / "gone"), "train_list.txt")
     run([*tool, tmp_path], **path).refused(2, str(tmp_path), "val_list.txt", "docs/data.md")
-    run(tool[:-1], **path).refused(2, "-data_path")
+    run(tool[:-1], **path).refused(2, "required: -data_path")
 
 
 def test_a_reader_that_leaves_early_ends_the_check_quietly(folder):

@@ -209,7 +209,7 @@ def test_missing_packages_are_said_before_anything_else(
 ):
     monkeypatch.setitem(sys.modules, "paddle2onnx", None)
     result = exported(small, weights, tmp_path / "out", "-onnx", photos)
-    result.refused(2, "paddle2onnx", "pip install")
+    result.refused(2, "needs the package paddle2onnx: pip install paddle2onnx")
 
 
 def test_help_is_answered_without_paddle():

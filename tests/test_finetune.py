@@ -184,4 +184,4 @@ def test_the_demo_answers_help_and_wrong_flags_without_paddle(tmp_path):
     text = run([sys.executable, TOOL, "-h"], **path).check().out
     for flag in ("-output", "-epochs", "-pretrain_epochs", "-seed"):
         assert flag in text
-    run([sys.executable, TOOL, "-rate", 3], **path).refused(2, "-rate")
+    run([sys.executable, TOOL, "-rate", 3], **path).refused(2, "unrecognized arguments: -rate")

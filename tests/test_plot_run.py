@@ -257,7 +257,7 @@ def test_help_and_wrong_flags_are_answered_without_paddle(metrics, tmp_path):
     help_text = run([*command, "-h"], **path).check().out
     for flag in ("-output", "-names", "-x", "RUN"):
         assert flag in help_text
-    run([*command, metrics], **path).refused(2, "-output")
+    run([*command, metrics], **path).refused(2, "required: -output")
     run([*command, metrics, "-output", "a.pdf"], **path).refused(2, "a.pdf", ".png or .svg")
 
 

@@ -166,7 +166,7 @@ def test_what_is_no_gmlp_is_refused_with_the_first_difference(tiny, tmp_path):
         (["{there}", "x.pdparams"], ["there.pdparams: ", "nothing to port", "-strip"]),
         (["{tiny}", "{there}"], ["there.pdparams: ", "-force"]),
         (["-force", "{tiny}", "{tiny}"], ["one file"]),
-        (["-strip", "{tiny}", "x.pdparams"], ["-strip"]),
+        (["-strip", "{tiny}", "x.pdparams"], ["-strip takes a .pdparams and writes"]),
         (["/nowhere.safetensors", "x.pdparams"], ["/nowhere.safetensors", "does not exist"]),
         (["{there}", "x.safetensors"], ["there.pdparams", "is empty"]),
         (["{tiny}", "no folder/x.pdparams"], ["no folder/x.pdparams: cannot be written"]),
@@ -187,7 +187,9 @@ def test_help_is_answered_without_paddle():
 
 def test_verify_without_timm_says_what_to_install(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    port("-verify", tiny, tmp_path / "x.pdparams").refused(2, "timm", "pip install")
+    port("-verify", tiny, tmp_path / "x.pdparams").refused(
+        2, "timm cannot be imported", "pip install timm"
+    )
 
 
 @pytest.mark.parametrize("gap, status", [(1e-11, 0), (1e-9, 1), (np.nan, 1)])

@@ -332,7 +332,7 @@ def test_what_cannot_be_is_one_sentence(model, predicted, folder, tmp_path):
     predicted("-names", names, folder).refused(2, f"{names}: ", "not UTF-8")
     predicted("-names", tmp_path, folder).refused(2, f"{tmp_path}: ", "Is a directory")
     predicted("-topk", 0, folder).refused(2, "-topk is 0")
-    predicted("-batch_size", 0, folder).refused(2, "-batch_size")
+    predicted("-batch_size", 0, folder).refused(2, "DATA.BATCH_SIZE is 0")
     predicted("-image_size", 30, folder).refused(2, "DATA.IMAGE_SIZE 30 is not a multiple")
     predicted("-num_classes", 11, folder).refused(2, f"{model[3]}: ", "give -num_classes 10")
     predicted("/dev/null").refused(2, "/dev/null: this is neither a file nor a folder")

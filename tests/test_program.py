@@ -307,14 +307,14 @@ def test_no_arguments_print_the_usage():
 @pytest.mark.parametrize(
     "args, parts",
     [
-        (["-batchsize", "3"], ["-batchsize"]),
+        (["-batchsize", "3"], ["unrecognized arguments: -batchsize"]),
         (["-cfg", "/nowhere.yaml"], ["/nowhere.yaml", "No such file"]),
         (["-data_path", "/nowhere"], ["/nowhere/val_list.txt", "cannot read"]),
         (["-dataset", "cifar10"], ["DATA.DATASET", "imagenet2012", "train_list.txt"]),
         (["-eval"], ["-eval needs -pretrained"]),
         (["-batch_size", "0"], ["DATA.BATCH_SIZE", "at least 1"]),
-        (["-nprocs", "0"], ["-nprocs"]),
-        (["-opts", "TRAIN.BASELR", "1"], ["TRAIN.BASELR", "TRAIN.BASE_LR"]),
+        (["-nprocs", "0"], ["-nprocs is 0, it must be at least 1"]),
+        (["-opts", "TRAIN.BASELR", "1"], ["no key 'TRAIN.BASELR'; did you mean TRAIN.BASE_LR?"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -326,13 +326,13 @@ def test_what_is_asked_wrongly_is_one_sentence_and_status_2(args, parts, few_dig
 @pytest.mark.parametrize(
     "args, parts",
     [
-        (["-eval", "-pretrained", "/nowhere.pdparams"], ["/nowhere.pdparams"]),
-        (["-eval", "-resume", "auto"], ["-pretrained", "-resume"]),
-        (["-resume", "/nowhere.pdparams"], ["/nowhere.pdparams"]),
+        (["-eval", "-pretrained", "/nowhere.pdparams"], ["/nowhere.pdparams does not exist"]),
+        (["-eval", "-resume", "auto"], ["-eval goes with -pretrained FILE, not with -resume"]),
+        (["-resume", "/nowhere.pdparams"], ["/nowhere.pdparams does not exist"]),
         (["-batch_size", "5000"], ["train_list.txt", "smaller -batch_size"]),
         (["-image_size", "30"], ["DATA.IMAGE_SIZE 30", "PATCH_SIZE 7"]),
         (["-num_classes", "3"], ["_list.txt:", "not in 0..2"]),
-        (["-output", "/dev/null/x"], ["/dev/null/x"]),
+        (["-output", "/dev/null/x"], ["cannot make the output folder /dev/null/x/"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

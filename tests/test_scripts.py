@@ -89,7 +89,7 @@ def test_every_part_can_be_set_from_the_environment(recorder, tmp_path):
         ("run_eval_multi.sh", "DATA_PATH", "/nowhere", ["/nowhere/val_list.txt", "DATA_PATH"]),
         ("run_train_multi.sh", "PRETRAINED", "/nowhere/x", ["/nowhere/x does not exist"]),
         ("run_eval_multi.sh", "PRETRAINED", "/nowhere/x", ["/nowhere/x does not exist"]),
-        ("run_train_multi.sh", "DATASET", "cifar10", ["DATA.DATASET", "cifar10", "imagenet2012"]),
+        ("run_train_multi.sh", "DATASET", "cifar10", ["DATA.DATASET", "must be", "imagenet2012"]),
     ],
 )
 def test_what_is_missing_is_said_with_the_cure(script, variable, value, parts, few_digits):

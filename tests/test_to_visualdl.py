@@ -320,4 +320,4 @@ def test_help_and_wrong_flags_are_answered_without_packages(tmp_path):
         (tmp_path / f"{package}.py").write_text("raise SystemExit('imported')")
     command, path = [sys.executable, str(TOOL)], {"PYTHONPATH": str(tmp_path)}
     assert "-follow" in run([*command, "-h"], **path).check().out
-    run(command, **path).refused(2, "RUN")
+    run(command, **path).refused(2, "required: RUN")
