@@ -10,10 +10,12 @@ import functools
 import gc
 import os
 import signal
+import time
 import traceback
 
 import numpy as np
 import paddle
+from paddle.io.dataloader.worker import _ResumeIteration
 
 from ranks.host import die_with_parent, remove_batches
 from utils import DataError, cause
@@ -56,14 +58,12 @@ def _collate(samples):
 def _unpack(loader):
     """The batches of a loader; raises DataError where a batch is an error or a worker died."""
     batches = iter(loader)
-    workers = getattr(batches, "_workers", ())
+    reader, workers = batches._thread, getattr(batches, "_workers", ())
     pids = [worker.pid for worker in workers]
     try:
-        while True:
+        for _ in range(len(loader)):  # not up to StopIteration, where Paddle leaves its thread
             try:
                 images, labels = next(batches)
-            except StopIteration:
-                return
             except RuntimeError as error:
                 raise _dead_worker(error) from error
             if images.ndim == 1:
@@ -71,11 +71,28 @@ def _unpack(loader):
             yield images, labels
     finally:
         # Left to itself, an iterator that is not used up keeps its workers until this process ends.
+        if workers and not batches._shutdown:
+            batches._exit_thread_expectedly()
+            # It waits for a batch, up to 5 s: this is one that it passes over.
+            batches._data_queue.put((_ResumeIteration(), None, None))
+            reader.join(_END_SECONDS)
         batches._try_shutdown_all(*([_END_SECONDS] if workers else []))
+        _wait_for_end(reader)
         for worker in workers:  # workers ignore SIGTERM
             worker.kill()
             worker.join()
         remove_batches(pids)
+
+
+def _wait_for_end(thread):
+    """Waits until a thread that has ended for Python has done so for the system (on Linux).
+
+    In between Paddle takes it off its memory statistics, under a lock.  A process that is forked in
+    that moment, as a worker of the next loader, has the lock taken for good, and hangs at its first
+    batch.
+    """
+    while not thread.is_alive() and os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        time.sleep(0.001)
 
 
 @contextlib.contextmanager

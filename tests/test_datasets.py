@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -596,6 +597,20 @@ def test_a_worker_that_hangs_is_gone_when_a_loader_is_closed(folder, monkeypatch
     assert len(children() - before) == 2
     batches.close()
     assert children() <= before  # not even as a zombie, which may not have left its batch yet
+
+
+@pytest.mark.parametrize("end", [list, lambda batches: batches.close()], ids=["used up", "closed"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_has_ended_has_no_thread_that_still_ends(folder, workers, end):
+    # It would hold a lock for a moment, which is locked for good in a process forked meanwhile.
+    for _ in range(1 if workers else 20):
+        before = set(threading.enumerate())
+        batches = build_loader(dataset_of(folder), EvalSampler(11, 1, 0, 1), workers, SIZE)
+        next(batches)
+        started = set(threading.enumerate()) - before
+        (reader,) = (thread for thread in started if thread.name != "QueueFeederThread")
+        end(batches)
+        assert str(reader.native_id) not in os.listdir("/proc/self/task")
 
 
 def test_too_little_shared_memory_is_said_before_a_worker_dies(tmp_path):
