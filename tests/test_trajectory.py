@@ -34,6 +34,8 @@ from training.train import Training
 from transforms import Mix
 
 EPOCHS = 6  # of 10 steps
+# Paddle 2.6 holds a number that a tensor is multiplied by as a float32, such as 1 - smoothing.
+CLOSE = 1e-10 if int(paddle.__version__.split(".")[0]) >= 3 else 1e-7
 
 
 def load():
@@ -145,14 +147,14 @@ def test_training_in_float64_is_timms_but_for_paddles_clipping_and_decay():
     golden, losses, trees = repeat("float64")
     assert all(array.dtype == "float64" for tree in trees[-1] for array in tree.values())
     assert max(distances(golden, trees)) < 1e-6
-    assert np.abs(losses - golden["loss_maxnorm"]).max() < 1e-10
+    assert np.abs(losses - golden["loss_maxnorm"]).max() < CLOSE
     for prefix, tree in zip(("p60_maxnorm/", "e60_maxnorm/"), trees[-1]):
         names = [name for name in golden if name.startswith(prefix)]
         assert len(names) == len(tree)
         for name in names:
             value = tree[paddle_name(name[len(prefix) :])]
             value = value.T if value.ndim == 2 else value  # to PyTorch's layout
-            assert np.abs(np.array(fingerprint(value)) - golden[name]).max() < 1e-10, name
+            assert np.abs(np.array(fingerprint(value)) - golden[name]).max() < CLOSE, name
 
 
 def over_the_other_classes(labels, num_classes, smoothing, lam):
