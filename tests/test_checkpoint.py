@@ -363,6 +363,74 @@ def test_weights_in_timms_names_are_answered_with_the_tool_that_ports_them():
         checkpoint.assign_weights(make_model(), weights, "w")
 
 
+def wrapped(weights, prefix):
+    return {prefix + name: array for name, array in weights.items()}
+
+
+def save_as(path, weights):
+    """Writes weights in the format of the path's suffix."""
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.numpy").save_file(weights, str(path))
+    else:
+        paddle.save({k: paddle.to_tensor(v) for k, v in weights.items()}, str(path))
+
+
+@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_layers.", "_orig_mod.", "_layers.module._orig_mod."]
+)
+def test_what_wrappers_put_before_names_is_left_out_and_said(prefix, suffix, tmp_path):
+    model, path = make_model(), tmp_path / f"w{suffix}"
+    save_as(path, wrapped(make_weights(model), prefix))
+    (sentence,) = checkpoint.load_into(model, str(path))
+    assert is_filled(model) and sentence.startswith(f"{path}: its names are read without ")
+    assert all(part in sentence for part in prefix.split("."))
+    with pytest.warns(match="its names are read without"):
+        assert checkpoint.load_weights(path).keys() == model.state_dict().keys()
+
+
+def test_what_wrappers_put_inside_names_and_into_checkpoints_is_left_out_too(tmp_path):
+    model = make_model()
+    weights = make_weights(model)
+    inside = {name.replace("layers.0", "layers.0._orig_mod"): a for name, a in weights.items()}
+    assert inside.keys() != weights.keys()
+    pdparams.write(tmp_path / "a.pdparams", inside)
+    assert len(checkpoint.load_into(model, tmp_path / "a.pdparams")) == 1
+    tree = {"model": wrapped(weights, "_layers."), "model_ema": wrapped(weights, "module.")}
+    pdparams.write(tmp_path / "b.pdparams", tree)
+    said = []
+    read = state.read(tmp_path / "b.pdparams", say=said.append)
+    assert read["model"].keys() == read["model_ema"].keys() == weights.keys() and len(said) == 2
+
+
+def test_names_that_two_wrapped_names_would_share_are_refused(tmp_path):
+    model = make_model()
+    weights = make_weights(model)
+    pdparams.write(tmp_path / "w.pdparams", {**weights, **wrapped(weights, "module.")})
+    with pytest.raises(checkpoint.NotThisModel, match=r"module\.\S+ is .*, wanted nothing"):
+        checkpoint.load_into(model, tmp_path / "w.pdparams")
+
+
+def test_bfloat16_weights_go_into_a_model_with_their_values(tmp_path):
+    model, path = make_model(), str(tmp_path / "w.pdparams")
+    values = {
+        k: paddle.to_tensor(v).astype("bfloat16") for k, v in make_weights(model, 0.3).items()
+    }
+    for tree in (values, {"model": values, "epoch": 1}):
+        paddle.save(tree, path)
+        assert checkpoint.load_into(model, path) == [] and is_filled(model, np.float32(0.30078125))
+        assert state.read(path)["model"]["head.bias"].dtype == "float32"
+
+
+def test_an_optimizers_state_is_answered_with_the_file_beside_it(tmp_path):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train_steps(model, optimizer, [1])
+    paddle.save(optimizer.state_dict(), str(tmp_path / "w.pdopt"))
+    with pytest.raises(checkpoint.WeightsError, match=r"w\.pdopt: holds an optimizer's state"):
+        checkpoint.load_into(model, tmp_path / "w.pdopt")
+
+
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [

@@ -114,7 +114,7 @@ def test_python_and_numpy_values_keep_their_types(tmp_path, protocol):
         "tuples": ((1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [[]], {}),
         "long": ["x" * 300, "y" * 70000],
         "scalars": [np.float32(0.1), np.int64(-3), np.bool_(True), np.complex64(1j)],
-        "dtypes": [np.zeros(3, code) for code in sorted(pdparams.DTYPES)],
+        "dtypes": [np.zeros(3, code) for code in sorted(pdparams.DTYPES - {"u2"})],
         "shapes": [np.zeros(shape, "f4") for shape in ((), (0,), (2, 0), (1,) * 32)],
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "large": np.arange(100_000, dtype="f4"),
@@ -161,6 +161,8 @@ def test_files_of_paddle_2_6_and_numpy_1_read_bit_for_bit(kind, protocol):
         assert sorted(read) == sorted(expected.files)
         for name, array in read.items():
             native = expected[name].astype(expected[name].dtype.newbyteorder("="))
+            if native.dtype == "uint16":  # Paddle's bfloat16
+                native = (native.astype("uint32") << 16).view("float32")
             assert same(array, native), name
 
 
@@ -235,12 +237,27 @@ def test_safetensors_are_read_whatever_their_suffix(tmp_path, name):
     )
 
 
-def test_bfloat16_safetensors_become_float32_with_the_same_values(tmp_path):
+VALUES = np.array([[1.0, -2.5], [0.0, 2.0**100]], "f4")  # which bfloat16 has
+
+
+# U16 is what safetensors.numpy makes of the bits in which Paddle has bfloat16.
+@pytest.mark.parametrize("dtype", ["BF16", "U16"])
+def test_bfloat16_safetensors_become_float32_with_the_same_values(tmp_path, dtype):
     pytest.importorskip("safetensors")
-    values = np.array([[1.0, -2.5], [0.0, 2.0**100]], "f4")
-    bits = (values.view("u4") >> 16).astype("u2")
-    data = safetensors_bytes(w=("BF16", [2, 2], bits.tobytes()))
-    assert same(read_bytes(tmp_path, data), {"w": values})
+    bits = (VALUES.view("u4") >> 16).astype("u2")
+    data = safetensors_bytes(w=(dtype, [2, 2], bits.tobytes()))
+    assert same(read_bytes(tmp_path, data), {"w": VALUES})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_bfloat16_that_paddle_saved_becomes_float32_with_the_same_values(tmp_path, protocol):
+    tensor, path = paddle.to_tensor(VALUES).astype("bfloat16"), str(tmp_path / "w.pdparams")
+    for tree in ({"w": tensor}, {"model": {"w": tensor}, "epoch": 1}):  # stored in two ways
+        paddle.save(tree, path, protocol=protocol)
+        read = pdparams.read(path)
+        assert same(read.get("model", read), {"w": VALUES})
+    scalar = pickle.dumps({"w": np.uint16(0x4020)}, protocol)
+    assert same(read_bytes(tmp_path, scalar), {"w": np.float32(2.5)})
 
 
 def test_safetensors_of_other_types_are_refused_by_name(tmp_path):
@@ -281,12 +298,17 @@ def archive(kind, content=b"", name="archive/data.pkl"):
 
 
 OTHER_FORMATS = {
-    "zip": (archive("zip"), "PyTorch.*safetensors.torch.save_file"),
-    "old PyTorch": (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02.", "old PyTorch"),
+    "PyTorch": (archive("zip"), "is a PyTorch file: tools/port_weights.py makes a .pdparams"),
+    "old PyTorch": (
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02.",
+        "tools/port_weights.py",
+    ),
+    "npz": (archive("zip", name="head.weight.npy"), r"\.npz.* safetensors\.numpy\.save_file"),
+    "zip": (archive("zip", name="weights.pdparams"), "zip archive: unpack"),
     "tar": (archive("tar"), "tar archive"),
     "gzip": (gzip.compress(b"x"), "gzip"),
     "HDF5": (b"\x89HDF\r\n\x1a\n\x00\x00", "HDF5"),
-    "npy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "NumPy array"),
+    "npy": (b"\x93NUMPY\x01\x00v\x00{'descr'", r"NumPy array.* safetensors\.numpy"),
     "inference": (bytes(20), "inference format"),
     "text": (b"hello\nworld\n", "text file"),
     "yaml": (b"MODEL:\n  NAME: gmlp\n", "text file"),
@@ -326,6 +348,33 @@ def test_what_is_not_a_file_is_one_sentence(tmp_path):
     }.items():
         with pytest.raises(WeightsError, match=words):
             pdparams.read(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "words"),
+    [
+        ("w/plain", "w/plain.pdparams", r"does not exist: did you mean \S*w/plain\.pdparams\?"),
+        ("w/plain.", "w/plain.pdparams", r"did you mean \S*w/plain\.pdparams\?"),
+        ("w/plain", "w/plain.pth", r"did you mean \S*w/plain\.pth\?"),
+        ("w/plain.pdparams", "w/plain.safetensors", r"did you mean \S*w/plain\.safetensors\?"),
+        ("w/plain.pdopt", "w/plain.pdparams", r"did you mean \S*w/plain\.pdparams\?"),
+        ("w/gmlp_1.5", "w/gmlp_1.5.pdparams", r"did you mean \S*w/gmlp_1\.5\.pdparams\?"),
+        ("~/w/x.pdparams", "w/x.pdparams", r"^~/w/x\.pdparams .*did you mean \S+w/x\.pdparams\?"),
+        ("https://a.org/x.pdparams", "w/x", "download it first"),
+        ("w", "w/last.pdparams", r"is a folder: .*, such as \S*w/last\.pdparams$"),
+        ("w", "w/other.safetensors", r"is a folder: .*, such as \S*w/other\.safetensors$"),
+        ("w", "w/log.txt", "is a folder: give the path of a weight file$"),
+        ("w/other", "w/plain.pdparams", "does not exist: check the path"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_a_path_is_answered_with_the_file_that_is_there(
+    given, there, words, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w").mkdir()
+    (tmp_path / there).touch()
+    with pytest.raises(WeightsError, match=words):
+        pdparams.read(given if given[0] == "~" or "://" in given else f"{tmp_path}/{given}")
 
 
 @pytest.mark.parametrize("require_checksum", [False, True])

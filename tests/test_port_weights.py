@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tools import port_weights
 from config import get_config, update_config
 from gmlp import Sizes, build_gmlp
+from training.advice import describe
 from weights import checkpoint, pdparams
 
 TOOL = ROOT / "tools" / "port_weights.py"
@@ -100,12 +101,9 @@ def test_there_and_back_has_the_same_bits(sizes, dtype, tmp_path):
 def test_a_model_that_has_a_config_is_described_by_it_alone(name):
     words = f"-cfg configs/{name}.yaml"
     config = get_config(str(ROOT / words.split()[1]))
-    assert port_weights.describe(Sizes.from_config(config)) == words
+    assert describe(Sizes.from_config(config), "w") == words
     config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES = 320, 7
-    assert (
-        port_weights.describe(Sizes.from_config(config))
-        == f"{words} -image_size 320 -num_classes 7"
-    )
+    assert describe(Sizes.from_config(config), "w") == f"{words} -image_size 320 -num_classes 7"
 
 
 def test_bfloat16_becomes_float32_with_the_same_values(tiny, tmp_path):
@@ -219,6 +217,7 @@ def test_pytorch_files_of_weights_are_read(tiny, tmp_path):
     expected = pdparams.read(tmp_path / "x.pdparams")
     zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     average = {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}
+    noted = "w.pth.tar: its names are read without _orig_mod, module, which wrappers add"
     arguments = argparse.Namespace(epochs=3)  # timm's train.py puts its own beside the weights
     for tree in (
         weights,
@@ -227,8 +226,12 @@ def test_pytorch_files_of_weights_are_read(tiny, tmp_path):
         {"state_dict": zeros, "state_dict_ema": average},
     ):
         torch.save(tree, tmp_path / "w.pth.tar")
-        port("-force", tmp_path / "w.pth.tar", tmp_path / "x.pdparams").check()
+        result = port("-force", tmp_path / "w.pth.tar", tmp_path / "x.pdparams").check()
         assert same(pdparams.read(tmp_path / "x.pdparams"), expected)
+        assert (noted in result.err) == ("state_dict_ema" in tree)
+    torch.save(weights, tmp_path / "renamed.pdparams")  # what is in it counts
+    port("-force", tmp_path / "renamed.pdparams", tmp_path / "x.pdparams").check()
+    assert same(pdparams.read(tmp_path / "x.pdparams"), expected)
     torch.save({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "w.pt")
     port("-force", tmp_path / "w.pt", tmp_path / "x.pdparams").check()
     bias = pdparams.read(tmp_path / "x.pdparams")["head.bias"]

@@ -27,20 +27,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common
-from config import ConfigError, get_config
+from config import ConfigError
 from utils import new_file, show_path
-from weights import pdparams
+from weights import checkpoint, pdparams
 from weights.pdparams import WeightsError
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")  # timm's train.py writes .pth.tar
 _TORCH_PARTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # in timm's order
-_TORCH_PREFIXES = ("module.", "_orig_mod.")  # of distributed and of compiled models
 _TIMM_PREFIXES = {"patch_embed.patch_embed.": "stem.proj.", "mixer_layers.": "blocks."}
 _TOLERANCE = 1e-10
-_FLAGS = {"DATA.IMAGE_SIZE": "-image_size", "MODEL.NUM_CLASSES": "-num_classes"}
-_NOT_OF_WEIGHTS = {"MODEL.DROPOUT", "MODEL.DROPPATH"}
 
 
 def build_parser():
@@ -61,6 +58,8 @@ def work(args):
         import_timm()
     common.import_paddle()
     weights = read(args.source, args.strip)
+    from training.advice import describe
+
     model = find_model(weights, args.source)
     weights = {name: weights[name] for name in model.state_dict()}  # in the model's order
     if args.verify:
@@ -69,7 +68,7 @@ def work(args):
     count = sum(array.size for array in weights.values())
     types = " and ".join(sorted({array.dtype.name for array in weights.values()}))
     print(f"{show_path(args.target)}: {len(weights)} tensors, {count:,} parameters, {types}")
-    print(f"the model: {describe(model.sizes)}")
+    print(f"the model: {describe(model.sizes, args.source)}")
 
 
 def check_arguments(args):
@@ -83,6 +82,7 @@ def check_arguments(args):
     if there and os.path.samefile(args.source, args.target):
         raise ConfigError(f"{target}: SOURCE and TARGET are one file")
     both = args.source.endswith(".pdparams") and args.target.endswith(".pdparams")
+    both = both and not pdparams.is_of_pytorch(args.source)
     if args.strip and not both:
         raise ConfigError("-strip takes a .pdparams and writes a .pdparams")
     if both and not args.strip:
@@ -92,6 +92,10 @@ def check_arguments(args):
         )
 
 
+def say(sentence):
+    print(f"port_weights.py: {sentence}", file=sys.stderr)
+
+
 def read(path, strip=False):
     """The weights in a file, under PaddleViT's names and in its layouts.
 
@@ -99,15 +103,13 @@ def read(path, strip=False):
         WeightsError: the file is missing, damaged, or holds anything but weights.
         ConfigError: there is nothing to strip.
     """
-    from weights import checkpoint
-
-    if path.endswith(_TORCH_SUFFIXES):
+    if path.endswith(_TORCH_SUFFIXES) or pdparams.is_of_pytorch(path):
         weights = read_torch(path)
     else:
         tree = pdparams.read(path)
         if strip and "model" not in tree:
             raise ConfigError(f"{show_path(path)}: has bare weights already: nothing to strip")
-        weights = checkpoint.weights_of(tree, show_path(path))
+        weights = checkpoint.weights_of(tree, show_path(path), say)
     if any(name.startswith(tuple(_TIMM_PREFIXES.values())) for name in weights):
         weights = to_paddle(weights)
     return weights
@@ -176,11 +178,9 @@ def read_torch(path):
         raise WeightsError(f"{show_path(path)}: claims more than its size: do not use this file")
     weights = {}
     for name, tensor in tree.items():
-        for prefix in _TORCH_PREFIXES:
-            name = name.removeprefix(prefix)
         wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         weights[name] = wide.detach().resolve_neg().contiguous().numpy()
-    return weights
+    return checkpoint.without_wrappers(weights, show_path(path), say)
 
 
 def _is_weight(name, tensor):
@@ -202,35 +202,10 @@ def find_model(weights, path):
         WeightsError: these are not a gMLP's; names the first differences.
     """
     from gmlp import GMLP
-    from weights.checkpoint import check_weights
 
     model = GMLP(common.sizes_of(weights, path))
-    check_weights(model, weights, show_path(path))
+    checkpoint.check_weights(model, weights, show_path(path))
     return model
-
-
-def describe(sizes):
-    """The flags that build a model of these sizes."""
-    from gmlp import KEYS, Sizes
-
-    def differences(config):
-        known = Sizes.from_config(config)
-        return {key: own for key, own, other in zip(KEYS, sizes, known) if own != other}
-
-    # The config that leaves fewest of the body's keys to say, then one for images of this size.
-    def cost(config):
-        keys = differences(config).keys() - _NOT_OF_WEIGHTS
-        return sum(key not in _FLAGS for key in keys), "DATA.IMAGE_SIZE" in keys
-
-    paths = sorted((common.ROOT / "configs").glob("*.yaml"))
-    config = min((get_config(str(path)) for path in paths), key=cost)
-    words, opts = [f"-cfg configs/{config.MODEL.NAME}.yaml"], []
-    for key, value in differences(config).items():
-        if key in _FLAGS:
-            words.append(f"{_FLAGS[key]} {value}")
-        elif key not in _NOT_OF_WEIGHTS:
-            opts.append(f"{key} {value}")
-    return " ".join(words + (["-opts", *opts] if opts else []))
 
 
 def write(path, weights):

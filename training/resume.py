@@ -85,7 +85,7 @@ def _newest_valid(paths, model_name, warn):
     """(path, tree) of the newest valid checkpoint of a model of this name, or (None, None)."""
     for path in paths:
         try:
-            tree = state.read(path, require_checksum=True)
+            tree = state.read(path, require_checksum=True, say=warn)
         except WeightsError as error:
             warn(f"-resume auto: passed over {error}")
             continue
@@ -104,7 +104,7 @@ def _read_everywhere(path, tree, require_checksum, rank, warn):
     """
     ranks = paddle.distributed.get_world_size()
     if ranks == 1:
-        return tree or state.read(path, require_checksum)
+        return tree or state.read(path, require_checksum, warn)
     checksum = None
     if tree is not None or os.path.isfile(path):
         with contextlib.suppress(OSError):  # read says why
@@ -112,7 +112,7 @@ def _read_everywhere(path, tree, require_checksum, rank, warn):
     wanted = broadcast_object(checksum)
     if tree is None and (checksum == wanted or wanted is None):
         try:
-            tree = state.read(path, require_checksum)
+            tree = state.read(path, require_checksum, warn)
         except WeightsError:
             if rank == 0 or wanted is None:  # otherwise rank 0 may have a whole copy
                 raise

@@ -8,6 +8,7 @@ draw is a function of the place in the training.
 import math
 import os
 import re
+import warnings
 from typing import NamedTuple
 
 import paddle
@@ -173,22 +174,22 @@ _SCHEMA = {
 }
 
 
-def read(path, require_checksum=False):
+def read(path, require_checksum=False, say=warnings.warn):
     """A training checkpoint's tree, with its numbers checked; see weights.pdparams.read.
 
-    A bare state dict comes back as {"model": state dict}.
+    A bare state dict comes back as {"model": state dict}.  `say` gets sentences about it.
 
     Raises:
         WeightsError: the file cannot be read, or a value in it is impossible.
     """
     tree = pdparams.read(path, require_checksum)
     if "model" not in tree:
-        return {"model": weights_of(tree, path)}
-    weights_of({"model": tree["model"]}, path)
+        return {"model": weights_of(tree, path, say)}
+    tree["model"] = weights_of({"model": tree["model"]}, path, say)
     if is_empty(tree.get("model_ema")):
         tree["model_ema"] = None
     else:
-        weights_of({"model": tree["model_ema"]}, path)
+        tree["model_ema"] = weights_of({"model": tree["model_ema"]}, path, say)
     wrong = [key for key in _SCHEMA if key in tree and not _fits(tree[key], _SCHEMA[key])]
     if not wrong and not _has_that_batch(tree):
         wrong = ["batch"]

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 
 import numpy as np
 
@@ -17,16 +18,23 @@ from weights import pdparams
 from weights.pdparams import WeightsError
 from weights.resample import resample_weights
 
+# What DataParallel of Paddle and of PyTorch, compiling and sharding put into parameters' names.
+_WRAPPERS = {"module", "_layers", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# Names in the state_dict() of Paddle's optimizers, which PaddleViT saves as .pdopt.
+_OF_OPTIMIZER = re.compile(r"^LR_Scheduler$|^master_weights$|_(moment[12]?|velocity)_0$")
+
 
 class NotThisModel(WeightsError):
     """A sound file with the weights of another model."""
 
 
-def load_weights(path):
+def load_weights(path, say=warnings.warn):
     """The weights in a file, without running code from it.
 
     Args:
         path: a state dict or a training checkpoint (`.pdparams`), or `.safetensors`.
+        say: called with a sentence where names had what a wrapper adds, such as "module.".
 
     Returns:
         Parameter names to NumPy arrays, for `model.set_state_dict`; of a training checkpoint the
@@ -35,19 +43,36 @@ def load_weights(path):
     Raises:
         WeightsError: the file is missing, damaged, or holds anything but weights.
     """
-    return weights_of(pdparams.read(path), path)
+    return weights_of(pdparams.read(path), path, say)
 
 
-def weights_of(tree, path):
+def weights_of(tree, path, say=warnings.warn):
     """The weights of a read file; see load_weights."""
     if "model" in tree:
         tree = tree["model"] if is_empty(tree.get("model_ema")) else tree["model_ema"]
     arrays = isinstance(tree, dict) and all(
         isinstance(name, str) and isinstance(array, np.ndarray) for name, array in tree.items()
     )
+    if isinstance(tree, dict) and any(_OF_OPTIMIZER.search(str(name)) for name in tree):
+        raise WeightsError(f"{path}: holds an optimizer's state: give the .pdparams beside it")
     if not (arrays and tree):
         raise WeightsError(f"{path}: holds no weights (parameter names with arrays)")
-    return tree
+    return without_wrappers(tree, path, say)
+
+
+def without_wrappers(weights, path, say):
+    """Weights under the names that they had before a wrapper put its own into them."""
+    left_out = _WRAPPERS.intersection(part for name in weights for part in name.split(".")[:-1])
+    if not left_out:
+        return weights
+    own = {
+        ".".join(part for part in name.split(".") if part not in left_out): array
+        for name, array in weights.items()
+    }
+    if len(own) < len(weights):  # two of one name: whoever compares them with a model says so
+        return weights
+    say(f"{path}: its names are read without {', '.join(sorted(left_out))}, which wrappers add")
+    return own
 
 
 def is_empty(weights):
@@ -57,6 +82,9 @@ def is_empty(weights):
 
 def check_weights(model, weights, path, allow_new_head=False):
     """Raises NotThisModel, with the first few differences, where weights do not fit a model.
+
+    A model with an attribute `whose`, a function of (weights, path), is asked for the end of the
+    sentence: see training/advice.py.
 
     Returns:
         The head's parameter names where the head has another number of classes and
@@ -86,7 +114,8 @@ def check_weights(model, weights, path, allow_new_head=False):
         why = f"these weights are for {count:,} classes: give -num_classes {count}"
     texts = list(differences.values())
     more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
-    raise NotThisModel(f"{path}: {why}: {'; '.join(texts[:4])}{more}")
+    advice = model.whose(weights, path) if hasattr(model, "whose") and "-cfg" in why else ""
+    raise NotThisModel(f"{path}: {why}: {'; '.join(texts[:4])}{more}{advice}")
 
 
 def refuse_timms_names(weights, path):
@@ -130,13 +159,14 @@ def load_into(model, path, allow_new_head=False):
         model, path, allow_new_head: see assign_weights.
 
     Returns:
-        Sentences about what was changed to fit (resampled projections, a new head); usually none.
+        Sentences about what was changed to fit (names, resampled projections, a new head); usually
+        none.
 
     Raises:
         WeightsError: as load_weights and assign_weights.
     """
     sizes, sentences = model.sizes, []
-    weights, side = resample_weights(load_weights(path), model, path)
+    weights, side = resample_weights(load_weights(path, sentences.append), model, path)
     if side:
         new_side = math.isqrt(sizes.num_tokens)
         sentences.append(

@@ -21,6 +21,7 @@ from weights.unpickle import (
     SAFETENSORS_DTYPES,
     WeightsError,
     check_key,
+    from_bfloat16,
     unpickle,
 )
 
@@ -35,12 +36,12 @@ _TRAILER_SIZE = len(_TRAILER) + hashlib.sha256().digest_size
 _SCALARS = (str, int, float, bool, type(None))
 _SPLIT_TABLE = "UnpackBigParamInfor@@"  # protocols 2 and 3: tensors of 1 GB and more, in parts
 
-_FROM_PYTORCH = "load it in PyTorch and save its tensors with safetensors.torch.save_file"
+SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+_FROM_NUMPY = "save the arrays as .safetensors, with safetensors.numpy.save_file"
 _OTHER_FORMATS = (
-    (b"PK\x03\x04", f"is a zip archive, most likely a PyTorch file: {_FROM_PYTORCH}"),
-    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", f"is an old PyTorch file: {_FROM_PYTORCH}"),
+    (b"PK\x03\x04", "is a zip archive: unpack it first"),
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras?): convert it to .safetensors"),
-    (b"\x93NUMPY", "is a NumPy array (.npy): give a file that holds a dict of arrays"),
+    (b"\x93NUMPY", f"is a NumPy array (.npy): {_FROM_NUMPY}"),
     (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull`"),
     (b"\x00\x00\x00\x00", "is in Paddle's inference format: give a file that paddle.save wrote"),
@@ -59,8 +60,8 @@ def read(path, require_checksum=False):
 
     Returns:
         dict, nested, of dicts, lists, tuples, strings, numbers, None, NumPy scalars and read-only
-        native-endian NumPy arrays in shapes as stored. bfloat16 is uint16 (its bits) out of a
-        ``.pdparams``, as Paddle stores it, and float32 (exact) out of a ``.safetensors``.
+        native-endian NumPy arrays in shapes as stored. bfloat16, which Paddle stores as uint16,
+        becomes float32 with the same values.
 
     Raises:
         WeightsError: the file is missing, unreadable, damaged, of another format, or asks for
@@ -70,19 +71,64 @@ def read(path, require_checksum=False):
     shown = show_path(path)
     try:
         mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise WeightsError(f"is a folder: give the path of a weight file{_files_in(path)}")
         if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise WeightsError(f"is {kind}: give the path of a weight file")
+            raise WeightsError("is not a regular file: give the path of a weight file")
         with open(path, "rb") as file:
             return _parse(file, _size_without_trailer(file, require_checksum), path)
     except WeightsError as error:
         raise WeightsError(f"{shown} {error}") from None
     except FileNotFoundError:
-        raise WeightsError(f"{shown} does not exist: check the path") from None
+        raise WeightsError(f"{shown} does not exist: {_meant(path)}") from None
     except MemoryError:
         raise WeightsError(f"{shown} does not fit in memory: use a smaller file") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         raise WeightsError(f"{shown} cannot be read ({cause(error)}): check the path") from None
+
+
+def _files_in(folder):
+    """What a sentence says of the weight files in a folder; those that people want come first."""
+    wanted = ("best_weights.pdparams", "last.pdparams")
+    names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES)]
+    names = [n for n in wanted if n in names] or sorted(n for n in names if n[:1] != ".")[:2]
+    paths = " or ".join(show_path(os.path.join(folder, name)) for name in names)
+    return paths and f", such as {paths}"
+
+
+def _meant(path):
+    """What to do about a path where nothing is: what a slip of the keyboard may have meant."""
+    if "://" in path:
+        return "download it first, and give the path of the file"
+    home = os.path.expanduser(path)  # in -pretrained=~/w.pdparams no shell does it
+    stems = (home.rstrip("."), os.path.splitext(home)[0])
+    for other in (home, *(stem + suffix for stem in stems for suffix in SUFFIXES)):
+        if os.path.isfile(other):
+            return f"did you mean {show_path(other)}?"
+    return "check the path"
+
+
+def is_of_pytorch(path):
+    """Whether a file begins as one that torch.save wrote; False where it cannot be read."""
+    try:
+        if not os.path.isfile(path):  # a pipe might never answer
+            return False
+        with open(path, "rb") as file:
+            return _is_of_pytorch(file.read(512))
+    except OSError:
+        return False
+
+
+def _is_of_pytorch(head):
+    # Since PyTorch 1.6 a zip archive with NAME/data.pkl first, before that a pickled number.
+    old = head.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
+    return old or _first_in_zip(head).endswith(b"/data.pkl")
+
+
+def _first_in_zip(head):
+    """The name of the first file in a zip archive that begins so; nothing for another format."""
+    is_zip = head.startswith(b"PK\x03\x04")
+    return head[30 : 30 + int.from_bytes(head[26:28], "little")] if is_zip else b""
 
 
 def write(path, tree):
@@ -197,6 +243,10 @@ def _parse(file, size, path):
 def _refuse_other_formats(head):
     if not head:
         raise WeightsError("is empty: use another copy")
+    if _is_of_pytorch(head):
+        raise WeightsError("is a PyTorch file: tools/port_weights.py makes a .pdparams of it")
+    if _first_in_zip(head).endswith(b".npy"):
+        raise WeightsError(f"is an .npz of NumPy arrays: {_FROM_NUMPY}")
     for signature, sentence in _OTHER_FORMATS:
         if head.startswith(signature):
             raise WeightsError(sentence)
@@ -226,9 +276,8 @@ def _read_safetensors(data):
 
 
 def _from_safetensors(name, dtype, shape, data):
-    if dtype == "BF16":  # the upper half of a float32
-        bits = np.frombuffer(data, "<u2").astype("<u4") << 16
-        array = bits.view("<f4").reshape(shape)
+    if dtype in ("BF16", "U16"):  # safetensors.numpy makes U16 of what Paddle gives for bfloat16
+        array = from_bfloat16(np.ndarray(shape, "<u2", buffer=data))
     elif dtype in SAFETENSORS_DTYPES:
         array = np.ndarray(shape, "<" + SAFETENSORS_DTYPES[dtype], buffer=data)
     else:

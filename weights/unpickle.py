@@ -197,6 +197,11 @@ def _array_from_state(machine, version, shape, dtype, is_fortran, data):
     return _frombuffer(machine, data, dtype, shape, "F" if is_fortran is True else "C")
 
 
+def from_bfloat16(bits):
+    """The float32 array of bfloat16 numbers, which are the upper halves of these: exact."""
+    return np.asarray(bits.astype("u4") << 16).view("f4")
+
+
 def _frombuffer(machine, data, dtype, shape, order):
     if type(shape) is not tuple or len(shape) > 32:  # NumPy 1's limit
         raise ValueError("an array has an impossible shape")
@@ -210,6 +215,8 @@ def _frombuffer(machine, data, dtype, shape, order):
     array = np.ndarray(shape, dtype, buffer=data, order=order)  # shares the data
     if not dtype.isnative:
         array = array.astype(dtype.newbyteorder("="))
+    if dtype.kind == "u" and dtype.itemsize == 2:  # Paddle has no uint16, and stores bfloat16 so
+        array = from_bfloat16(array)
     array.flags.writeable = False
     return array
 
