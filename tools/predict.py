@@ -118,7 +118,6 @@ def work(args):
     config = update_config(get_config(), args)
     if args.topk < 1:
         raise ConfigError(f"-topk is {args.topk}, it must be at least 1")
-    classes = read_classes(args.names, config.MODEL.NUM_CLASSES)
     sheet = Sheet(args.plot, args.font) if args.plot else None
     tally = common.Tally("predict.py: ")
     paths = find_paths(args.paths, tally)
@@ -126,6 +125,8 @@ def work(args):
     from ranks.loader import explain_dead_workers
 
     model = load_model(config, args.pretrained, tally.say)
+    # After the weights: another number of names may only mean a wrong -cfg.
+    classes = read_classes(args.names, config.MODEL.NUM_CLASSES)
     write = _WRITERS[args.format]
     bar = progress_bar(None, len(paths), unit="image")
     batches = predict(model, config, paths, classes, args.topk, tally)

@@ -16,7 +16,7 @@ _NOT_OF_WEIGHTS = {"MODEL.DROPOUT", "MODEL.DROPPATH"}
 def whose(weights, path):
     """The end of a sentence on weights that do not fit; nothing where they are no gMLP's."""
     try:
-        return f": they are those of {describe(Sizes.from_weights(weights), path)}"
+        return f"; the weights fit {describe(Sizes.from_weights(weights), path)}"
     except ValueError:
         return ""
 

@@ -56,10 +56,11 @@ class Run:
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         paddle.seed(config.SEED)
         self.model = build_model(config)
-        self.val_data = build_dataset(config, train=False)
-        self.train_data = None if config.EVAL else build_dataset(config, train=True)
+        # Before the data: a list whose labels are not this model's may only mean a wrong -cfg.
         self.start = self._find_start()
         self._load_pretrained()
+        self.val_data = build_dataset(config, train=False)
+        self.train_data = None if config.EVAL else build_dataset(config, train=True)
         if config.EVAL or not config.TRAIN.RECOMPUTE:  # who recomputes has no memory to spare
             keep_freed_memory()
         self.folder = self._make_folder()

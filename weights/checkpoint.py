@@ -166,7 +166,9 @@ def load_into(model, path, allow_new_head=False):
         WeightsError: as load_weights and assign_weights.
     """
     sizes, sentences = model.sizes, []
-    weights, side = resample_weights(load_weights(path, sentences.append), model, path)
+    weights, side = load_weights(path, sentences.append), None
+    if _has_body_of(model, weights):  # another model's are refused as they are
+        weights, side = resample_weights(weights, model, path)
     if side:
         new_side = math.isqrt(sizes.num_tokens)
         sentences.append(
@@ -180,6 +182,17 @@ def load_into(model, path, allow_new_head=False):
             f"{sizes.num_classes}: the head starts anew"
         )
     return sentences
+
+
+def _has_body_of(model, weights):
+    """Whether all but head and spatial projections are there, in the shapes of a model's."""
+
+    def body(state):
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        gate, head = f".{model.gate_name}.", f"{model.head_name}."
+        return {n: shape for n, shape in shapes.items() if gate not in n and not n.startswith(head)}
+
+    return body(weights) == body(model.state_dict())
 
 
 def save(folder, tree, names=(), last_good=None):
