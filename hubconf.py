@@ -2,7 +2,7 @@
 
     paddle.hub.list("/path/to/this/folder", source="local")
     model = paddle.hub.load("/path/to/this/folder", "gmlp_s16_224", source="local",
-                            pretrained="gmlp_s16_224.pdparams")
+                            pretrained="gmlp_s16_224.pdparams")  # ready to predict
 
 Every public name here that can be called is an entry, hence the underscores.
 """
@@ -27,9 +27,10 @@ _DOC = """
             for another, its spatial projections are resampled.
 
     Returns:
-        A paddle.nn.Layer in training mode: float images [batch, 3, image_size, image_size],
-        normalized with mean and std 0.5, to logits [batch, num_classes].  Save its state_dict():
-        the Layer itself cannot be pickled, as its modules are not the caller's.
+        A paddle.nn.Layer, ready to predict (call train() before you train it): float images
+        [batch, 3, image_size, image_size], normalized with mean and std 0.5, to logits
+        [batch, num_classes].  Save its state_dict(): the Layer itself cannot be pickled, as its
+        modules are not the caller's.
 
     Raises:
         ValueError: these are not this model's weights, or there is no such model; says what to do.
@@ -72,6 +73,7 @@ def _load(name, pretrained, num_classes, image_size):
     if pretrained:
         for sentence in weights.load_into(model, pretrained, allow_new_head=True):
             warnings.warn(sentence, stacklevel=4)
+    model.eval()
     return model
 
 

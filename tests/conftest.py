@@ -1,5 +1,6 @@
 """Fixtures and paths that several test files use."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,16 @@ from ranks.host import prepare_cpu  # noqa: E402
 from ranks.report import REPORT_PIPE  # noqa: E402
 
 prepare_cpu(ranks=int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))  # before Paddle's import
+
+import paddle  # noqa: E402
+
+# On a GPU machine too the tests, and what they start, compute on the CPU: Paddle would take GPU 0,
+# whose TF32 is another function.  test_gpu.py has the GPUs back, by the fixture `gpus`.
+_VISIBLE, _count_gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), paddle.device.cuda.device_count
+GPUS = _count_gpus()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+paddle.device.cuda.device_count = lambda: 0
+paddle.set_device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +58,37 @@ def trained(few_digits, tmp_path_factory):
     run_program("-data_path", few_digits, "-output", output, "-nprocs", 2, opts=SMALL).check()
     (folder,) = output.glob("train-*")
     return folder
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """How many GPUs Paddle finds, the first of which computes; skipped where there is none."""
+    if not GPUS:
+        pytest.skip("Paddle finds no GPU on this machine")
+    if _VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _VISIBLE)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", _count_gpus)
+    paddle.set_device("gpu:0")
+    yield GPUS
+    paddle.set_device("cpu")
+
+
+@pytest.fixture
+def gpu_wheel(monkeypatch):
+    """Has Paddle take the operators of a wheel with CUDA, on the CPU (F.linear is linear_v2)."""
+    try:
+        paddle.get_flags("FLAGS_use_legacy_linear")
+    except ValueError:
+        pytest.skip("this Paddle has one F.linear for all devices")
+    with contextlib.suppress(ImportError, ValueError):
+        import paddle2onnx  # noqa: F401, which looks for another wheel's name under CUDA
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    # Pinned memory is what a CPU wheel cannot even name.
+    program_translator = sys.modules["paddle.jit.dy2static.program_translator"]
+    name = "cuda_pinned_tensors_move_to_excepted_place"
+    monkeypatch.setattr(program_translator, name, lambda inputs: None)
 
 
 @pytest.fixture

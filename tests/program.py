@@ -119,7 +119,7 @@ def flatten(opts):
 def run_program(*args, opts=None, cfg=CONFIG, launcher=(), **env):
     """Runs main_multi_gpu.py with the demo's config, on the CPU unless env says otherwise."""
     command, env = _program(args, opts, cfg, launcher), {**_ON_CPU, **env}
-    if launcher or env.keys() != _ON_CPU.keys() or env["CUDA_VISIBLE_DEVICES"]:
+    if launcher or env.keys() != _ON_CPU.keys() or env["CUDA_VISIBLE_DEVICES"] != "":
         return run(command, **env)
     return run_preloaded(command, **env)
 

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import sys
 
 import numpy as np
 import paddle
 import pytest
+from PIL import Image
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
 from tools import export
@@ -70,8 +73,6 @@ def exported(small, weights, output, *args):
 
 def expected(small, weights, photos):
     """Decoded images uint8 [5, size, size, 3], normalized ones, and the model's probabilities."""
-    from PIL import Image
-
     config = get_config(str(small))
     model = build_model(config)
     assign_weights(model, load_weights(weights), "")
@@ -142,6 +143,95 @@ def test_a_user_exports_onnx_and_the_signature_says_how_to_use_it(small, weights
     for count in (1, 5):
         (found,) = session.run(["probabilities"], {"images": pixels[:count]})
         assert np.abs(found - probabilities[:count]).max() < 1e-5
+
+
+def follow(signature, path):
+    """What the exported model takes for an image, by signature.json and Pillow alone."""
+    before = signature["before"]
+    image = Image.open(path).convert("RGB")
+    names = {"floor": math.floor, "round": round, "width": image.width, "height": image.height}
+    for key in ("resized_width", "resized_height", "crop_left", "crop_top"):
+        names[key] = eval(before[key], {"min": min, "__builtins__": {}}, names)
+    image = image.resize(
+        (names["resized_width"], names["resized_height"]), Image.Resampling.BICUBIC
+    )
+    left, top, size = names["crop_left"], names["crop_top"], before["center_crop"]
+    value = np.asarray(image.crop((left, top, left + size, top + size)))
+    if "normalize" not in before:
+        return value
+    mean, std = (np.float32(before["normalize"][key]) for key in ("mean", "std"))
+    assert signature["input"]["values"] == "(value / 255 - mean) / std"
+    return ((value / np.float32(255) - mean) / std).transpose(2, 0, 1)
+
+
+SHAPES = [(640, 427), (427, 640), (500, 375), (333, 500), (257, 300), (451, 130), (100, 80),
+          (33, 32), (1001, 999), (20, 27)]  # fmt: skip
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_a_program_that_knows_the_signature_alone_gets_the_models_probabilities(
+    weights, tmp_path, preprocess
+):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number, (width, height) in enumerate(SHAPES):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.BICUBIC).save(tmp_path / "photos" / f"{number}.png")
+    cfg = tmp_path / "cropped.yaml"
+    config = get_config(str(CONFIG))
+    small = {key: value for key, value in SMALL.items() if key.startswith("MODEL.MIXER.")}
+    small.update({"DATA.CROP_PCT": 0.83, "DATA.IMAGENET_STD": [0.2, 0.3, 0.4]})
+    config.merge_from_list([word for item in small.items() for word in item])
+    cfg.write_text(config.dump())
+    args = ["-preprocess"] * preprocess + ["-onnx"] * can_export_onnx()
+    exported(cfg, weights, tmp_path / "out", *args, tmp_path / "photos").check()
+    signature = json.loads((tmp_path / "out" / "signature.json").read_text())
+    *_, probabilities = expected(cfg, weights, tmp_path / "photos")
+    paths = sorted((tmp_path / "photos").iterdir())
+    images = np.stack([follow(signature, path) for path in paths])
+    found = [predict_with_paddle(tmp_path / "out", images)]
+    if can_export_onnx():
+        session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "out/model.onnx")
+        found += session.run(["probabilities"], {"images": images})
+    for each in found:
+        assert np.abs(each - probabilities).max() < 1e-5
+    moved = predict_with_paddle(tmp_path / "out", np.roll(images, 1, axis=-2 - preprocess))
+    assert np.abs(moved - probabilities).max() > 1e-3  # so that a pixel too far would show
+
+
+def test_onnx_is_exported_with_a_gpus_wheel(small, weights, photos, tmp_path, gpu_wheel):
+    if not can_export_onnx():
+        pytest.skip("paddle2onnx does not work with this Paddle")
+    exported(small, weights, tmp_path / "out", "-onnx", photos).check()
+    assert not any(paddle.get_flags("FLAGS_use_legacy_linear").values())
+    program = (tmp_path / "out" / "inference.json").read_text()
+    assert "matmul" in program and "linear_v2" not in program
+
+
+def test_an_export_writes_nothing_outside_its_folder(small, weights, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc")  # where even root cannot make a folder
+    exported(small, weights, tmp_path / "out", photos).check()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert os.environ["HOME"] == "/proc"
+    monkeypatch.delenv("HOME")
+    exported(small, weights, tmp_path / "again", photos).check()
+    assert "HOME" not in os.environ
+
+
+def test_the_comparison_is_on_the_cpu_where_there_is_a_gpu_too(
+    small, weights, photos, tmp_path, monkeypatch
+):
+    devices, own = [], paddle.set_device
+
+    def take(device):
+        devices.append(device)
+        return own("cpu")
+
+    monkeypatch.delenv("PADDLE_DISTRI_BACKEND", raising=False)  # an earlier test's
+    monkeypatch.setattr(paddle, "set_device", take)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 1)
+    exported(small, weights, tmp_path / "out", photos).check()
+    assert devices == ["gpu:0", "cpu"]
 
 
 @pytest.mark.parametrize("wrong", [2e-4, np.nan])

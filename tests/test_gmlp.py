@@ -3,6 +3,7 @@
 import functools
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import golden
 import numpy as np
@@ -324,15 +325,65 @@ def test_recomputation_runs_each_block_twice_and_has_the_same_gradients():
     assert len(runs) == 3
 
 
-def test_it_is_compiled_by_to_static_with_its_defaults():
+@pytest.fixture(params=["CPU's", "GPU's"])
+def wheel(request):
+    """The operators of both wheels, on the CPU."""
+    if request.param == "GPU's":
+        request.getfixturevalue("gpu_wheel")
+
+
+def gradients_of(model, images):
+    model(images).square().mean().backward()
+    found = {name: param.grad.numpy() for name, param in model.named_parameters()}
+    model.clear_gradients()
+    return found
+
+
+def test_it_is_compiled_by_to_static_with_its_defaults(wheel):
     model = golden.build("tiny")
     images = paddle.to_tensor(golden.draw_images(32))
-    expected = model(images).numpy()
+    expected, gradients = model(images).numpy(), gradients_of(model, images)
     compiled = paddle.jit.to_static(model)
     np.testing.assert_allclose(compiled(images).numpy(), expected, atol=1e-6)
     compiled.train()
-    compiled(images).sum().backward()
-    assert all(param.grad is not None for param in model.parameters())
+    np.testing.assert_allclose(compiled(images).numpy(), expected, atol=1e-6)
+    for name, gradient in gradients_of(compiled, images).items():
+        np.testing.assert_allclose(gradient, gradients[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_it_is_compiled_with_its_random_parts_too(recompute):
+    if recompute and not can_recompute():
+        pytest.skip("Paddle 2.6 cannot recompute on a CPU")
+    model = build_gmlp(tiny_config(MODEL__DROPOUT=0.2, MODEL__DROPPATH=0.3))
+    model.head.weight.set_value(paddle.randn(model.head.weight.shape))
+    model.recompute = recompute
+    images = paddle.to_tensor(golden.draw_images(32))
+    compiled = paddle.jit.to_static(model)
+    outputs = [compiled(images).numpy() for _ in range(2)]
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+    assert all(np.abs(gradient).max() > 0 for gradient in gradients_of(compiled, images).values())
+    compiled.eval()
+    outputs = [compiled(images).numpy() for _ in range(2)]
+    assert np.array_equal(*outputs)
+
+
+def test_a_gpus_wheel_has_the_same_function_and_gradients(gpu_wheel):
+    assert paddle.is_compiled_with_cuda()
+    golden_run, model = golden.load("tiny"), golden.build("tiny")
+    images = paddle.to_tensor(golden.draw_images(32))
+    with mock.patch.object(paddle._C_ops, "linear_v2", wraps=paddle._C_ops.linear_v2) as operator:
+        assert largest_difference(model(images).numpy(), golden_run["logits_float64"]) < 1e-5
+    assert operator.call_count == 3 * 3 + 1
+    model.train()
+    found = gradients_of(model, images)
+    model.recompute = True
+    again = gradients_of(model, images)
+    with mock.patch.object(paddle, "is_compiled_with_cuda", lambda: False):
+        expected = gradients_of(model, images)
+    for name, gradient in expected.items():
+        assert np.array_equal(again[name], found[name]), name
+        np.testing.assert_allclose(found[name], gradient, atol=1e-6, err_msg=name)
 
 
 SIZES = [

@@ -1,6 +1,7 @@
 """What only a GPU can show; skipped where Paddle finds none."""
 
 import contextlib
+import os
 
 import numpy as np
 import paddle
@@ -12,17 +13,7 @@ from config import get_config
 from training import optim
 from transforms import BatchTransform
 
-GPUS = paddle.device.cuda.device_count()
-pytestmark = pytest.mark.skipif(GPUS == 0, reason="Paddle finds no GPU on this machine")
-DEVICES = {"CUDA_VISIBLE_DEVICES": None}
-
-
-@pytest.fixture(autouse=True)
-def on_gpu():
-    before = paddle.get_device()
-    paddle.set_device("gpu")
-    yield
-    paddle.set_device(before)
+pytestmark = pytest.mark.usefixtures("gpus")
 
 
 @pytest.mark.parametrize("name", ["gmlp_ti16_224", "gmlp_s16_224"])
@@ -71,15 +62,16 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_all_gpus_train_and_evaluate_with_amp(dtype, few_digits, tmp_path):
+def test_all_gpus_train_and_evaluate_with_amp(dtype, gpus, few_digits, tmp_path):
+    devices = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
     opts = {**SMALL, "AMP_DTYPE": dtype, "DATA.BATCH_SIZE": 4}
     args = ("-data_path", few_digits, "-output", tmp_path, "-amp")
-    result = run_program(*args, opts=opts, **DEVICES).check()
-    assert f"{GPUS} rank(s)" in result.out and "device gpu" in result.out
+    result = run_program(*args, opts=opts, **devices).check()
+    assert f"{gpus} rank(s)" in result.out and "device gpu" in result.out
     (folder,) = tmp_path.glob("train-*")
     reported = max(metrics(folder, "eval"), key=lambda row: (row["weights"] == "ema", row["acc1"]))
     result = run_program(
-        *args, "-eval", "-pretrained", folder / "best.pdparams", opts=opts, **DEVICES
+        *args, "-eval", "-pretrained", folder / "best.pdparams", opts=opts, **devices
     ).check()
     assert f"Acc@1 {reported['acc1']:.2f}" in result.out
 

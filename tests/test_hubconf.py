@@ -44,12 +44,10 @@ import utils
 assert (config.own, utils.own, sys.modules["config"]) == ("config", "utils", config)
 assert [n for n in ("checkpoint", "gmlp", "hubconf") if n in sys.modules] == [], sys.modules.keys()
 assert {str(ROOT)!r} not in sys.path, sys.path
-model.eval()
 print(float(model(paddle.ones([1, 3, 224, 224])).sum()))
 """
     out = run([sys.executable, "-c", code], cwd=tmp_path).check().out
     model = hub_load("gmlp_ti16_224", pretrained=str(published))
-    model.eval()
     with paddle.no_grad():
         expected = float(model(paddle.ones([1, 3, 224, 224])).sum())
     assert float(out.splitlines()[-1]) == pytest.approx(expected, rel=1e-4)
@@ -57,22 +55,22 @@ print(float(model(paddle.ones([1, 3, 224, 224])).sum()))
 
 def test_it_is_timms_function(published):
     model = hub_load("gmlp_ti16_224", pretrained=str(published))
-    model.eval()
-    with paddle.no_grad():
+    with paddle.no_grad():  # ready to predict
         logits = model(paddle.to_tensor(draw_images(224))).numpy()
+    assert not model.training
     assert np.abs(logits - load("gmlp_ti16_224")["logits_float64"]).max() < 1e-5
 
 
 def test_other_classes_and_sizes(published):
     with pytest.warns(match="resampled"), pytest.warns(match="starts anew"):
         model = hub_load("gmlp_ti16_224", pretrained=str(published), num_classes=7, image_size=64)
-    model.eval()
     assert model(paddle.zeros([1, 3, 64, 64])).shape == [1, 7]
 
 
 @pytest.mark.parametrize("name, dim", [*zip(MODELS, (512, 256, 128))])
 def test_each_name_is_its_own_model(name, dim):
-    assert hub_load(name, num_classes=2, image_size=32).head.weight.shape == [dim, 2]
+    model = hub_load(name, num_classes=2, image_size=32)
+    assert model.head.weight.shape == [dim, 2] and not model.training
 
 
 @pytest.mark.parametrize(

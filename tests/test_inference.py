@@ -1,5 +1,6 @@
 """Evaluation by Paddle Inference: the model's numbers, and when it is used."""
 
+import contextlib
 import ctypes
 import json
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_it_keeps_the_weights_that_it_was_made_with():
     before = compiled(images).numpy()
     model.head.weight.set_value(model.head.weight * 0)
     assert np.array_equal(compiled(images).numpy(), before)
+
+
+@needs_engine
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_gpus_wheel_gives_timms_logits_too(legacy, gpu_wheel, tmp_path, monkeypatch):
+    if not legacy:  # a program that others have saved, with linear_v2
+        monkeypatch.setattr(inference, "_legacy_linear", contextlib.nullcontext)
+    spec = paddle.static.InputSpec([None, 3, 32, 32], "float32", "images")
+    program = inference.save(golden.build("tiny"), spec, str(tmp_path), "model")
+    assert ("linear_v2" in Path(program).read_text()) != legacy
+    for count in (2, 1):
+        logits = inference.load(program)(golden.draw_images(32)[:count])
+        assert np.abs(logits - golden.load("tiny")["logits_float64"][:count]).max() < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.pdiparams"]
+    assert not any(paddle.get_flags("FLAGS_use_legacy_linear").values())
 
 
 @needs_engine

@@ -73,16 +73,26 @@ def test_the_front_pages_python_gives_timms_logits_and_a_class(published, monkey
 
 def test_weights_in_python_both_ways_give_timms_logits(published, monkeypatch):
     monkeypatch.chdir(published)
-    ours, paddlevits = snippets(ROOT / "docs" / "deploy.md", "python")
+    ours, paddlevits, _ = snippets(ROOT / "docs" / "deploy.md", "python")
     names = {}
     exec(ours, names)
     model = names["model"]
     assert (
         is_timms(model) and model.forward_features(paddle.zeros([2, 3, 224, 224])).shape[1] == 256
     )
+    assert not model.training
     model.set_state_dict({name: value * 0 for name, value in model.state_dict().items()})
+    model.train()
     exec(paddlevits, names)
-    assert is_timms(model)
+    assert is_timms(model) and not model.training
+
+
+def test_the_hubs_snippet_gives_a_model_that_is_ready_to_predict(published, monkeypatch):
+    monkeypatch.chdir(published)
+    *_, snippet = snippets(ROOT / "docs" / "deploy.md", "python")
+    names = {}
+    exec(snippet.replace("/path/to/this/folder", str(ROOT)), names)
+    assert is_timms(names["model"]) and names["logits"].shape == [1, 1000]
 
 
 def test_another_format_of_data_is_read_as_shown(tmp_path):

@@ -70,17 +70,18 @@ def work(args):
         raise ConfigError(f"{show_path(args.output)}: is there already: give -output a new name")
     if args.onnx:
         import_onnx()
-    names = [each.name for each in read_classes(args.names, config.MODEL.NUM_CLASSES)]
     tally = common.Tally("export.py: ")
     paths = find_paths(args.paths, tally)
-    common.import_paddle()
+    paddle = common.import_paddle()
     if args.onnx:
         import_paddle2onnx()
     from training import inference
 
-    model = with_probabilities(
-        load_model(config, args.pretrained, tally.say), config, args.preprocess
-    )
+    live = load_model(config, args.pretrained, tally.say)
+    # After the weights: another number of names may only mean a wrong -cfg.
+    names = [each.name for each in read_classes(args.names, config.MODEL.NUM_CLASSES)]
+    live.to(device=paddle.set_device("cpu"))  # as the engines: a GPU's TF32 is another function
+    model = with_probabilities(live, config, args.preprocess)
     with common.new_folder(args.output) as folder:
         program = export_paddle(model, config, args.preprocess, folder)
         engines = {"Paddle Inference": inference.load(program)}
@@ -109,6 +110,7 @@ def describe(config, args, names, folder):
     from transforms import build_transform
 
     shape, dtype = input_of(config, args.preprocess)
+    short, size = build_transform(config, train=False).short_side, config.DATA.IMAGE_SIZE
     normalization = {"mean": config.DATA.IMAGENET_MEAN, "std": config.DATA.IMAGENET_STD}
     values = "0 to 255" if args.preprocess else "(value / 255 - mean) / std"
     packages = ["paddle2onnx", "onnxruntime"] if args.onnx else []
@@ -122,9 +124,17 @@ def describe(config, args, names, folder):
             "values": values,
         },
         "before": {
-            "resize_short_side": build_transform(config, train=False).short_side,
-            "interpolation": "bicubic, antialiased (as Pillow)",
-            "center_crop": config.DATA.IMAGE_SIZE,
+            "colours": "RGB of 8 bits, as Pillow's convert('RGB'): the first frame, without "
+            "transparency; of 16 bits the high 8; EXIF's orientation is ignored",
+            "resize_short_side": short,
+            "resized_width": f"floor({short} * width / min(width, height))",
+            "resized_height": f"floor({short} * height / min(width, height))",
+            "interpolation": "bicubic, antialiased: Pillow's resize((resized_width, "
+            "resized_height), BICUBIC) of the whole image",
+            "center_crop": size,
+            "crop_left": f"round((resized_width - {size}) / 2)",
+            "crop_top": f"round((resized_height - {size}) / 2)",
+            "round": "halves to the even number, as Python: 0.5 to 0, 1.5 to 2",
             **({} if args.preprocess else {"normalize": normalization}),
         },
         "inside": {"normalize": normalization} if args.preprocess else {},
@@ -173,12 +183,10 @@ def export_paddle(model, config, preprocess, folder):
     """Writes a model for Paddle Inference.  Returns its program's path."""
     import paddle
 
-    from training.inference import program_in
+    from training import inference
 
     shape, dtype = input_of(config, preprocess)
-    spec = paddle.static.InputSpec(shape, dtype, _INPUT)
-    paddle.jit.save(model, os.path.join(folder, "inference"), input_spec=[spec])
-    return program_in(folder, "inference")
+    return inference.save(model, paddle.static.InputSpec(shape, dtype, _INPUT), folder, "inference")
 
 
 def input_of(config, preprocess):
@@ -245,6 +253,8 @@ def export_onnx(program):
 
 def onnx_engine(path):
     """A function from input to output array, which ONNX Runtime computes on the CPU."""
+    # For telemetry it would write below HOME, and warn where there is none.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

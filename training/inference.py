@@ -7,7 +7,9 @@ It fuses what the layers compute one by one, and uses oneDNN.  Logits are within
 (in bfloat16 within some percent); docs/performance.md has the speeds.
 """
 
+import contextlib
 import os
+import shutil
 import tempfile
 
 import paddle
@@ -57,8 +59,7 @@ class CompiledModel:
         model.eval()
         spec = paddle.static.InputSpec([None, *image_shape], "float32", "images")
         with quiet(), tempfile.TemporaryDirectory() as folder:
-            paddle.jit.save(model, os.path.join(folder, "model"), input_spec=[spec])
-            self._run = load(program_in(folder, "model"), dtype)
+            self._run = load(save(model, spec, folder, "model"), dtype)
             self(paddle.zeros([1, *image_shape]))  # the first call prepares the program: now
 
     def __call__(self, images):
@@ -68,10 +69,51 @@ class CompiledModel:
         """Does nothing: it cannot be in another mode."""
 
 
-def program_in(folder, name):
-    """The path of a program that paddle.jit.save has written; Paddle 2.6 has another suffix."""
+def save(model, spec, folder, name):
+    """Writes a model as a program for Paddle Inference and for paddle2onnx.  Returns its path.
+
+    Args:
+        model: a Layer of one input and one output.
+        spec: a paddle.static.InputSpec of its input.
+        folder: where to write; nothing is written elsewhere.
+        name: of the files, without their suffixes.
+    """
     path = os.path.join(folder, name)
+    with _home_in(folder), _legacy_linear():
+        paddle.jit.save(model, path, input_spec=[spec])
+    # Paddle 2.6 has another suffix.
     return next(path + suffix for suffix in (".json", ".pdmodel") if os.path.exists(path + suffix))
+
+
+@contextlib.contextmanager
+def _home_in(folder):
+    """A HOME in a folder: Paddle writes what it compiles below it, and not everybody has one."""
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = home = tempfile.mkdtemp(dir=folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+        del os.environ["HOME"]
+        if before is not None:
+            os.environ["HOME"] = before
+
+
+@contextlib.contextmanager
+def _legacy_linear():
+    """F.linear as matmul and add in programs, as a CPU wheel has it.
+
+    A GPU wheel has linear_v2 (Paddle PR 77039), at which paddle2onnx 2.1.0 aborts the process.
+    """
+    try:
+        before = paddle.get_flags("FLAGS_use_legacy_linear")
+    except ValueError:  # before Paddle 3.3.1
+        before = {}
+    try:
+        paddle.set_flags(dict.fromkeys(before, True))
+        yield
+    finally:
+        paddle.set_flags(before)
 
 
 def load(program, dtype="float32"):

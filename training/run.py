@@ -20,8 +20,9 @@ from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
 from training import advice, optim, resume
-from utils import MetricsFile, lock, remove_temporary_files, setup_logging, write_text
-from weights import load_into
+from utils import DataError, MetricsFile, lock, remove_temporary_files, setup_logging, write_text
+from weights import WeightsError, load_into
+from weights.checkpoint import NotThisModel
 
 
 class Run:
@@ -56,11 +57,14 @@ class Run:
         self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
         paddle.seed(config.SEED)
         self.model = build_model(config)
-        # Before the data: a list whose labels are not this model's may only mean a wrong -cfg.
+        try:
+            self.val_data = build_dataset(config, train=False)
+            self.train_data = None if config.EVAL else build_dataset(config, train=True)
+        except DataError:
+            self._compare_weights()  # labels that do not fit may only mean a wrong -cfg
+            raise
         self.start = self._find_start()
         self._load_pretrained()
-        self.val_data = build_dataset(config, train=False)
-        self.train_data = None if config.EVAL else build_dataset(config, train=True)
         if config.EVAL or not config.TRAIN.RECOMPUTE:  # who recomputes has no memory to spare
             keep_freed_memory()
         self.folder = self._make_folder()
@@ -92,6 +96,17 @@ class Run:
 
     def _find_start(self):
         return resume.find_start(self.config, self.model, self.rank, self.warnings.append)
+
+    def _compare_weights(self):
+        """Raises NotThisModel where the weights that are asked for are another model's."""
+        path = self.config.MODEL.PRETRAINED or self.config.MODEL.RESUME
+        if path and path != "auto":
+            try:
+                load_into(self.model, path, allow_new_head=not self.config.EVAL)
+            except NotThisModel:
+                raise
+            except WeightsError:
+                return
 
     def _load_pretrained(self):
         config, path = self.config, self.config.MODEL.PRETRAINED
