@@ -377,7 +377,7 @@ def save_as(path, weights):
 
 @pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_layers.", "_orig_mod.", "_layers.module._orig_mod."]
+    "prefix", ["module.", "_layers.", "_orig_mod.", "_layers.module._orig_mod.", "model.net."]
 )
 def test_what_wrappers_put_before_names_is_left_out_and_said(prefix, suffix, tmp_path):
     model, path = make_model(), tmp_path / f"w{suffix}"
@@ -401,6 +401,13 @@ def test_what_wrappers_put_inside_names_and_into_checkpoints_is_left_out_too(tmp
     said = []
     read = state.read(tmp_path / "b.pdparams", say=said.append)
     assert read["model"].keys() == read["model_ema"].keys() == weights.keys() and len(said) == 2
+
+
+@pytest.mark.parametrize("names", [["module", "module.a.b.c"], ["a.weight", "a.bias"], ["module"]])
+def test_names_that_only_look_wrapped_are_left_alone_or_refused(names, tmp_path):
+    pdparams.write(tmp_path / "w.pdparams", dict.fromkeys(names, np.zeros(1, "float32")))
+    with pytest.raises(checkpoint.NotThisModel, match="not this model.s weights"):
+        checkpoint.load_into(make_model(), tmp_path / "w.pdparams")
 
 
 def test_names_that_two_wrapped_names_would_share_are_refused(tmp_path):

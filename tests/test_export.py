@@ -136,6 +136,8 @@ def test_a_user_exports_onnx_and_the_signature_says_how_to_use_it(small, weights
     assert signature["compared"]["images"] == 5
     for name, digest in signature["files_sha256"].items():
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == digest
+    # The module's own: the package may be onnxruntime-gpu.
+    assert signature["versions"]["onnxruntime"] == onnxruntime.__version__
     session = onnxruntime.InferenceSession(output / "model.onnx")
     for value, key in ((session.get_inputs()[0], "input"), (session.get_outputs()[0], "output")):
         assert (value.name, value.shape) == (signature[key]["name"], signature[key]["shape"])

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tools import port_weights
 from config import get_config, update_config
 from gmlp import Sizes, build_gmlp
-from training.advice import describe
+from training.whose import describe
 from weights import checkpoint, pdparams
 
 TOOL = ROOT / "tools" / "port_weights.py"

@@ -23,11 +23,11 @@ Exit status: 0; 1 for a difference or what else failed while running; 2 for what
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
@@ -150,7 +150,7 @@ def describe(config, args, names, folder):
         "files_sha256": {n: sha256(os.path.join(folder, n)) for n in sorted(os.listdir(folder))},
         "versions": {
             "paddle": paddle.__version__,
-            **{name: metadata.version(name) for name in packages},
+            **{name: importlib.import_module(name).__version__ for name in packages},
         },
     }
 

@@ -58,7 +58,7 @@ def work(args):
         import_timm()
     common.import_paddle()
     weights = read(args.source, args.strip)
-    from training.advice import describe
+    from training.whose import describe
 
     model = find_model(weights, args.source)
     weights = {name: weights[name] for name in model.state_dict()}  # in the model's order

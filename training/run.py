@@ -19,7 +19,8 @@ from ranks.collective import broadcast_object, init_distributed
 from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
-from training import advice, optim, resume
+from training import optim, resume
+from training.whose import whose
 from utils import DataError, MetricsFile, lock, remove_temporary_files, setup_logging, write_text
 from weights import WeightsError, load_into
 from weights.checkpoint import NotThisModel
@@ -178,7 +179,7 @@ def build_model(config):
     except ValueError as error:
         raise ConfigError(str(error)) from error
     model.recompute = config.TRAIN.RECOMPUTE
-    model.whose = advice.whose  # for weights that do not fit
+    model.whose = whose  # for weights that do not fit
     if model.recompute and not can_recompute():
         raise ConfigError(
             f"TRAIN.RECOMPUTE: Paddle {paddle.__version__} cannot do that on a CPU: take Paddle 3"

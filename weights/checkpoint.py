@@ -18,7 +18,8 @@ from weights import pdparams
 from weights.pdparams import WeightsError
 from weights.resample import resample_weights
 
-# What DataParallel of Paddle and of PyTorch, compiling and sharding put into parameters' names.
+# What DataParallel of Paddle and of PyTorch, compiling and sharding put into parameters' names,
+# anywhere; what comes before all of them, such as "model.", is a wrapper's too.
 _WRAPPERS = {"module", "_layers", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 # Names in the state_dict() of Paddle's optimizers, which PaddleViT saves as .pdopt.
@@ -62,14 +63,16 @@ def weights_of(tree, path, say=warnings.warn):
 
 def without_wrappers(weights, path, say):
     """Weights under the names that they had before a wrapper put its own into them."""
-    left_out = _WRAPPERS.intersection(part for name in weights for part in name.split(".")[:-1])
-    if not left_out:
-        return weights
-    own = {
-        ".".join(part for part in name.split(".") if part not in left_out): array
-        for name, array in weights.items()
-    }
-    if len(own) < len(weights):  # two of one name: whoever compares them with a model says so
+    names = [name.split(".") for name in weights]
+    left_out = _WRAPPERS.intersection(part for parts in names for part in parts[:-1])
+    names = [[part for part in parts if part not in left_out] for parts in names]
+    # A layer's weight and bias share their first part too: it takes deeper names.
+    while all(names) and len({parts[0] for parts in names}) == 1 and max(map(len, names)) > 2:
+        left_out.add(names[0][0])
+        names = [parts[1:] for parts in names]
+    own = dict(zip(map(".".join, names), weights.values()))
+    # Two of one name: whoever compares them with a model says so.
+    if not left_out or len(own) < len(weights):
         return weights
     say(f"{path}: its names are read without {', '.join(sorted(left_out))}, which wrappers add")
     return own
@@ -84,7 +87,7 @@ def check_weights(model, weights, path, allow_new_head=False):
     """Raises NotThisModel, with the first few differences, where weights do not fit a model.
 
     A model with an attribute `whose`, a function of (weights, path), is asked for the end of the
-    sentence: see training/advice.py.
+    sentence: see training/whose.py.
 
     Returns:
         The head's parameter names where the head has another number of classes and

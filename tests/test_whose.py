@@ -7,7 +7,7 @@ from program import ROOT, run_as_rank, run_tool
 from tools import predict
 from config import get_config
 from gmlp import GMLP, Sizes, build_gmlp
-from training import advice
+from training.whose import whose
 from weights import pdparams
 
 
@@ -46,16 +46,16 @@ def test_the_config_beside_weights_is_the_one_that_fits(of_another_model, tmp_pa
     config = get_config(str(ROOT / "configs" / "gmlp_ti16_224.yaml"))
     config.MODEL.NUM_CLASSES, config.DATA.IMAGE_SIZE, config.MODEL.MIXER.DEPTH = 5, 32, 2
     own.write_text(config.dump())
-    assert advice.whose(weights, path) == f"; the weights fit -cfg {own}"
+    assert whose(weights, path) == f"; the weights fit -cfg {own}"
     for text in ("- no config", "DATA: {IMAGE_SIZE: 33}", "MODEL: {NAME: x}"):
         own.write_text(text)
-        assert advice.whose(weights, path) + "\n" == FITS
-    assert advice.whose({"head.weight": np.zeros(3)}, path) == ""
+        assert whose(weights, path) + "\n" == FITS
+    assert whose({"head.weight": np.zeros(3)}, path) == ""
 
 
 @pytest.mark.parametrize("name", ["gmlp_ti16_224", "gmlp_digits", "gmlp_digits_32"])
 def test_a_model_with_a_config_of_its_own_is_known_by_it(name):
     config = get_config(str(ROOT / "configs" / f"{name}.yaml"))
     state = build_gmlp(config).state_dict()
-    found = advice.whose({key: value.numpy() for key, value in state.items()}, "w.pdparams")
+    found = whose({key: value.numpy() for key, value in state.items()}, "w.pdparams")
     assert found == f"; the weights fit -cfg configs/{name}.yaml"

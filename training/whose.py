@@ -1,4 +1,4 @@
-"""What to say where weights are another model's: the flags that build the model they are of."""
+"""Whose weights these are: the flags that build the model which they fit."""
 
 import contextlib
 import os
