@@ -406,7 +406,7 @@ def test_what_wrappers_put_inside_names_and_into_checkpoints_is_left_out_too(tmp
 @pytest.mark.parametrize("names", [["module", "module.a.b.c"], ["a.weight", "a.bias"], ["module"]])
 def test_names_that_only_look_wrapped_are_left_alone_or_refused(names, tmp_path):
     pdparams.write(tmp_path / "w.pdparams", dict.fromkeys(names, np.zeros(1, "float32")))
-    with pytest.raises(checkpoint.NotThisModel, match="not this model.s weights"):
+    with pytest.raises(checkpoint.NotThisModel, match="not this model's weights"):
         checkpoint.load_into(make_model(), tmp_path / "w.pdparams")
 
 
