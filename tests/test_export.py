@@ -167,7 +167,7 @@ def follow(signature, path):
 
 
 SHAPES = [(640, 427), (427, 640), (500, 375), (333, 500), (257, 300), (451, 130), (100, 80),
-          (33, 32), (1001, 999), (20, 27)]  # fmt: skip
+          (33, 32), (1001, 999), (20, 27), (300, 640), (131, 1000)]  # fmt: skip
 
 
 @pytest.mark.parametrize("preprocess", [False, True])

@@ -126,6 +126,8 @@ def describe(config, args, names, folder):
         "before": {
             "colours": "RGB of 8 bits, as Pillow's convert('RGB'): the first frame, without "
             "transparency; of 16 bits the high 8; EXIF's orientation is ignored",
+            "cut_ends": "of an image more than 64 times as long as wide (side - 64 * short) // 2 "
+            "pixels off both ends, before all else",
             "resize_short_side": short,
             "resized_width": f"floor({short} * width / min(width, height))",
             "resized_height": f"floor({short} * height / min(width, height))",
