@@ -213,7 +213,8 @@ def test_onnx_is_exported_with_a_gpus_wheel(small, weights, photos, tmp_path, gp
 def test_an_export_writes_nothing_outside_its_folder(small, weights, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/proc")  # where even root cannot make a folder
     exported(small, weights, tmp_path / "out", photos).check()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    names = {path.stem.split(".")[0] for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert names == {"inference", "signature"} and len(list(tmp_path.iterdir())) == 1
     assert os.environ["HOME"] == "/proc"
     monkeypatch.delenv("HOME")
     exported(small, weights, tmp_path / "again", photos).check()

@@ -199,7 +199,7 @@ def _array_from_state(machine, version, shape, dtype, is_fortran, data):
 
 def from_bfloat16(bits):
     """The float32 array of bfloat16 numbers, which are the upper halves of these: exact."""
-    return np.asarray(bits.astype("u4") << 16).view("f4")
+    return np.asarray(np.left_shift(bits.astype("u4"), np.uint32(16))).view("f4")
 
 
 def _frombuffer(machine, data, dtype, shape, order):
