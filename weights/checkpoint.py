@@ -5,6 +5,7 @@ Files are read and written by pdparams.py; what a training checkpoint means is t
 
 import contextlib
 import glob
+import itertools
 import math
 import os
 import re
@@ -66,10 +67,14 @@ def without_wrappers(weights, path, say):
     names = [name.split(".") for name in weights]
     left_out = _WRAPPERS.intersection(part for parts in names for part in parts[:-1])
     names = [[part for part in parts if part not in left_out] for parts in names]
-    # A layer's weight and bias share their first part too: it takes deeper names.
-    while all(names) and len({parts[0] for parts in names}) == 1 and max(map(len, names)) > 2:
-        left_out.add(names[0][0])
-        names = [parts[1:] for parts in names]
+    # What all share is what the first and the last in their order share.  A layer's weight and bias
+    # share their layer's name: two parts stay.
+    depths = [len(parts) for parts in names]
+    most = max(0, min(min(depths) - 1, max(depths) - 2))
+    pairs = zip(min(names)[:most], max(names))
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    names = [parts[len(shared) :] for parts in names]
+    left_out = left_out.union(shared)
     own = dict(zip(map(".".join, names), weights.values()))
     # Two of one name: whoever compares them with a model says so.
     if not left_out or len(own) < len(weights):
