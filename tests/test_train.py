@@ -102,6 +102,22 @@ def test_four_accumulated_batches_of_eight_are_one_of_32():
     assert difference(accumulated, whole) < 1e-6
 
 
+def test_an_epoch_is_kept_validated_and_the_best_as_often_as_asked(monkeypatch):
+    training = make_training(make_batches(1, 4))
+    config = training.config
+    config.TRAIN.NUM_EPOCHS, config.VALIDATE_FREQ, config.SAVE_FREQ = 5, 2, 3
+    validated, saved = [], []
+    monkeypatch.setattr(training, "_train_epoch", lambda epoch: 1.0)
+    monkeypatch.setattr(training, "_validate", lambda epoch: validated.append(epoch) or epoch != 4)
+    monkeypatch.setattr(training, "_save", lambda keep, best: saved.append((keep, best)))
+    training.run.folder = ""
+    assert training.train() == 0
+    assert validated == [2, 4, 5]
+    keeps, bests = zip(*saved)
+    assert keeps == (False, False, True, False, True)
+    assert bests == (False, True, False, False, True)
+
+
 def test_the_shorter_last_group_is_scaled_by_its_own_length():
     batches = make_batches(5, 4)
     accumulated, training = train(batches, accum_iter=3)
