@@ -50,7 +50,7 @@ def new_file(path):
 def write_text(path, text, mode="w"):
     """Writes or appends text in place.  Raises OSError, always with the file's name in it."""
     try:
-        with open(path, mode) as file:
+        with open(path, mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise cannot_be_written(path, error) from error
@@ -227,6 +227,28 @@ def sorted_entries(folder):
         return sorted(entries, key=lambda entry: entry.name)
 
 
+# --- what a program prints ---
+
+
+def prepare_streams():
+    """Makes the standard streams such that nothing printed can end a program; called first in each.
+
+    A stream that is closed (`>&-`) becomes /dev/null: otherwise the next file that is opened takes
+    its number, and gets what C++ code prints.  Characters that a console lacks are escaped.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        # Jupyter's streams do not have it, nor need it.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+
+
 # --- a run's log and progress ---
 
 
@@ -242,9 +264,9 @@ def setup_logging(folder, rank):
     logger.propagate = False
     logging.raiseExceptions = False  # a full disk would print a traceback for each line
     formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handlers = [logging.FileHandler(os.path.join(folder, f"log_{rank}.txt"))]
+    handlers = [_log_file(folder, f"log_{rank}.txt")]
     if rank == 0:
-        handlers.append(logging.FileHandler(os.path.join(folder, "log.txt")))
+        handlers.append(_log_file(folder, "log.txt"))
         console = _ConsoleHandler()
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
         console.addFilter(lambda record: not getattr(record, "file_only", False))
@@ -253,6 +275,11 @@ def setup_logging(folder, rank):
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     return logger
+
+
+def _log_file(folder, name):
+    path = os.path.join(folder, name)
+    return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -270,8 +297,16 @@ def progress_bar(items, total, title="", unit="batch", shown=True, done=0):
     """`items` with a progress bar on a terminal, without one elsewhere or where not `shown`."""
     from tqdm import tqdm
 
-    disable = not (shown and sys.stderr.isatty())
-    return tqdm(items, title, total, leave=False, disable=disable, unit=unit, initial=done)
+    return tqdm(
+        items, f"{title}: " if title else "", total, leave=False, unit=unit, initial=done,
+        disable=not (shown and sys.stderr.isatty()),
+        dynamic_ncols=True,  # of the window as it is now: a line that is too long leaves its rest
+        bar_format=_BAR,
+    )  # fmt: skip
+
+
+# A narrow window cuts off the end: what a person looks for stands first.
+_BAR = "{desc}{percentage:.0f}%{postfix} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
 # --- a run's numbers, metrics.jsonl ---
@@ -292,6 +327,17 @@ class MetricsFile:
         if self.path:
             row = {"time": round(time.time(), 3), **row}
             write_text(self.path, to_json(row) + "\n", mode="a")
+
+
+def last_time(path):
+    """The time of the last row of a metrics.jsonl, in seconds; None where it has no such row."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
+            line = file.read().rpartition(b"\n")[0].splitlines()[-1]
+        seconds = float(json.loads(line)["time"])
+        return seconds if 0 < seconds < 1e11 else None
+    return None
 
 
 def _cut_last_line(path):

@@ -160,8 +160,9 @@ def _become(command, env, keep=()):
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=os.isatty(stream.fileno()) or stream is sys.stderr)
+    # New ones, as a stream does not forget whether its first file could be sought in.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     launch.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": _Rank})

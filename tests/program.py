@@ -91,8 +91,8 @@ def run_as_rank(*args):
         return _in_this_process(main_multi_gpu.main, ["-cfg", CONFIG, *args])
 
 
-def _in_this_process(main, args):
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+def _in_this_process(main, args, encoding="utf-8"):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, newline="") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -105,7 +105,7 @@ def _in_this_process(main, args):
     texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode("utf-8"))
+        texts.append(stream.buffer.getvalue().decode(encoding))
     return Result(status, *texts)
 
 

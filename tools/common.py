@@ -27,6 +27,7 @@ try:
         UserError,
         cannot_be_written,
         describe_error,
+        prepare_streams,
         show_path,
         temporary_path,
     )
@@ -56,10 +57,10 @@ def run(parser, work, argv=None):
         The exit status: 0; 1 for what failed while running (Failed, a full disk); 2 for what was
         asked wrongly (a file that is missing or damaged, a value that cannot be).
     """
+    prepare_streams()
     args = parser.parse_args(argv)
     show_warnings_of(parser.prog)
     signal.signal(signal.SIGINT, leave)
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text of this terminal
     try:
         status = work(args)
         sys.stdout.flush()
