@@ -11,6 +11,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import glob
 import os
 import sys
 import warnings
@@ -137,7 +138,7 @@ KEYS = {
     "SAVE_FREQ": _whole(10, 1),  # epochs between the checkpoints that are kept, Epoch-<n>
     # new: optimizer steps between checkpoints, beside those at the epochs' ends; 0: none
     "SAVE_FREQ_STEPS": _whole(0, 0),
-    "KEEP_LAST": _whole(0, 0),  # new: how many Epoch-<n> files to keep, the newest; 0: all
+    "KEEP_LAST": _whole(0, 0),  # new: how many Epoch-<n> files to keep, the highest; 0: all
     "REPORT_FREQ": _whole(20, 1),  # batches between reports
     "VALIDATE_FREQ": _whole(1, 1),  # epochs between validations
     # new: what computes -eval on a CPU: the model's layers, or Paddle Inference in a type; auto:
@@ -201,6 +202,12 @@ class ConfigError(UserError):
     """A setting that cannot be used; the message names the file, the flag or the key."""
 
 
+def recipes():
+    """The config files that come with the program, as paths from the current folder."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+    return [os.path.relpath(path) for path in sorted(glob.glob(f"{glob.escape(folder)}/*.yaml"))]
+
+
 def get_config(path=None):
     """The configuration: the defaults, changed by the YAML file at `path` where one is given.
 
@@ -237,11 +244,30 @@ def update_config(config, args):
         for key in keys:
             _set(config, key, value, f"-{flag}")
     opts = getattr(args, "opts", None) or []
+    for word in opts:
+        key, equals, value = word.partition("=")
+        if equals and key in KEYS:
+            raise ConfigError(f"-opts: {show(word)} is one word: write {key} {value}")
+    for word in opts[::2]:
+        if word.startswith("-"):
+            raise ConfigError(f"{show_path(word)} has to stand before -opts, which takes the rest")
     if len(opts) % 2:
         raise ConfigError(f"-opts needs pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, text in zip(opts[::2], opts[1::2]):
         _set(config, key, _parse(key, text), "-opts")
     return config
+
+
+def changed(config):
+    """The keys of a configuration that do not have their defaults: name to value."""
+    defaults = _defaults()
+    values = {key: (value_of(config, key), value_of(defaults, key)) for key in KEYS}
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
+def value_of(config, key):
+    """The value of a key such as "TRAIN.BASE_LR"."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def _defaults():
@@ -299,7 +325,8 @@ def _read_yaml(path, name):
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: this config file is not UTF-8 text") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"{name}: cannot read this config file: {cause(error)}") from error
+        sentence = f"{name}: cannot read this config file: {cause(error)}"
+        raise ConfigError(sentence + _suggest_recipe(path)) from error
     if len(text) > _YAML_LIMIT:
         raise ConfigError(f"{name}: this config file is larger than {_YAML_LIMIT:,} characters")
     try:
@@ -311,6 +338,14 @@ def _read_yaml(path, name):
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: this config file must hold KEY: value lines")
     return tree
+
+
+def _suggest_recipe(path):
+    """The recipe whose name is like that of a file that cannot be read, as a question."""
+    by_name = {os.path.basename(recipe): recipe for recipe in recipes()}
+    wanted = os.path.splitext(os.path.basename(path))[0][:200] + ".yaml"
+    similar = difflib.get_close_matches(wanted, by_name, 1, 0.7)
+    return f"; did you mean {by_name[similar[0]]}?" if similar else ""
 
 
 def _merge_tree(config, tree, prefix, source):
