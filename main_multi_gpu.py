@@ -6,6 +6,7 @@
 """
 
 import argparse
+import difflib
 import functools
 import os
 import signal
@@ -16,9 +17,9 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # with -P too
 
 try:
-    from config import ConfigWarning, get_config, show_warnings_of, update_config
+    from config import KEYS, ConfigWarning, get_config, recipes, show_warnings_of, update_config
     from ranks import host, launch, report
-    from utils import UserError, describe_error
+    from utils import UserError, describe_error, prepare_streams
 except ModuleNotFoundError as error:
     sys.exit(f"this Python has no package {error.name}: see the README's install section")
 
@@ -57,38 +58,72 @@ def build_parser():
 
 def main(argv):
     """Runs the program with its arguments.  Returns the exit status."""
+    prepare_streams()
     parser = build_parser()
     if not argv:
         parser.print_usage(sys.stderr)
         return 2
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        suggestion = suggest_flag(unknown[0], parser)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
     show_warnings_of(parser.prog)
     if report.has_launcher():  # the launcher has printed these
         warnings.simplefilter("ignore", ConfigWarning)
     try:
         config = update_config(get_config(), args)
-        if not launch.is_rank():
+        require_model(args)
+        if config.EVAL and args.resume:
+            raise UserError("-eval goes with -pretrained FILE, not with -resume")
+        host.number_in("OMP_NUM_THREADS", 1)
+        is_rank, gpus, warning = launch.is_rank(), 0, None
+        if is_rank:
+            warning = launch.unused_nprocs(args.nprocs)
+        else:
             gpus = launch.count_gpus()
+            if not gpus and args.nprocs is None:
+                launch.refuse_hidden_gpus()
             ranks, warning = launch.choose_ranks(args.nprocs, gpus)
     except (UserError, ConfigWarning) as error:  # a warning under -W error
         report.report_error(f"{parser.prog}: {error}")
         return 2
-    if launch.is_rank():
-        return run_rank(config)
     if warning:
         print(f"{parser.prog}: {warning}", file=sys.stderr, flush=True)
+    if is_rank:
+        return run_rank(config)
     return launch.run(ranks, gpus, [sys.executable, os.path.abspath(__file__), *argv])
+
+
+def suggest_flag(word, parser):
+    """What to write instead of a word that is no flag, as the end of a sentence."""
+    name, equals, value = word.partition("=")
+    if equals and name in KEYS:
+        return f"; keys stand after -opts: -opts {name} {value}"
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    similar = difflib.get_close_matches("-" + name.lstrip("-").replace("-", "_"), flags, 1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def require_model(args):
+    """Raises UserError where neither a file nor -opts says which model it is."""
+    keys = (args.opts or [])[::2]
+    if not args.cfg and not {"MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH"} <= set(keys):
+        raise UserError(f"which model? Give its file with -cfg: {', '.join(recipes())}")
 
 
 def run_rank(config):
     """One rank's work.
 
     Returns:
-        The exit status: 0; 1 for what failed while running, 2 for what was asked wrongly; 143 or
-        130 where the run was asked to end.
+        The exit status: 0; 1 for what failed while running, 2 for what was asked wrongly; 128 + the
+        signal's number where the run was asked to end.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; stop.py's handler comes later
-    host.import_paddle()
+    try:
+        host.import_paddle()
+    except UserError as error:
+        report.report_error(str(error), 2)
+        return 2
     from ranks.loader import explain_dead_workers
     from training.evaluate import evaluate
     from training.run import Run

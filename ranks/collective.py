@@ -6,14 +6,18 @@ With one rank, which has joined no others, everything here is its own value.
 import contextlib
 import io
 import os
+import sys
 
 import paddle
 from paddle import distributed as dist
 
+from ranks import host
+from ranks.report import has_launcher
+
 
 def init_distributed():
     """Takes this rank's device and joins the other ranks.  Returns (rank, number of ranks)."""
-    ranks = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    ranks = host.all_ranks()
     backend = os.environ.get("PADDLE_DISTRI_BACKEND")
     if backend != "gloo" and paddle.device.cuda.device_count() > 0:
         # Paddle's launcher names all GPUs to a single rank; as Paddle does, take the first.
@@ -24,6 +28,12 @@ def init_distributed():
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
     if ranks == 1:
         return 0, 1
+    if not has_launcher():  # left over in a shell, the variables make it wait for nobody
+        where = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "")
+        print(
+            f"joining {ranks} ranks ({where}), as PADDLE_TRAINERS_NUM and its like say",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     with contextlib.redirect_stderr(io.StringIO()):  # it lists Paddle's flags; errors are raised
         dist.init_parallel_env()
     return dist.get_rank(), ranks

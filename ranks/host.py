@@ -10,13 +10,50 @@ import io
 import math
 import os
 import pathlib
+import signal
 import sys
 import warnings
+
+from utils import UserError, cause, show
+
+
+def number_in(variable, low):
+    """A whole number in the environment; None where the variable is unset or empty.
+
+    Raises:
+        UserError: it holds anything else, or a number below `low`.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    if not (text.isdecimal() and int(text) >= low):
+        raise UserError(
+            f"the environment variable {variable} is {show(text)}, it must be a whole number, at "
+            f"least {low}: unset it, or give it one"
+        )
+    return int(text)
+
+
+def all_ranks():
+    """How many ranks there are on all hosts."""
+    return number_in("PADDLE_TRAINERS_NUM", 1) or 1
 
 
 def local_ranks():
     """How many ranks run on this host."""
-    return int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
+    return number_in("PADDLE_LOCAL_SIZE", 1) or all_ranks()
+
+
+def stop_signals():
+    """The signals that ask a run to end.
+
+    Schedulers send SIGUSR1 or SIGUSR2 some time before they kill, a terminal that is closed SIGHUP.
+    Those count unless they are ignored, as SIGHUP is under nohup.
+    """
+    others = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    return [signal.SIGTERM, signal.SIGINT] + [
+        number for number in others if signal.getsignal(number) != signal.SIG_IGN
+    ]
 
 
 def available_cores():
@@ -53,10 +90,12 @@ def prepare_cpu(ranks):
     """Sets what Paddle's libraries for the CPU read when they are loaded, unless it is set already.
 
     The cores are shared out among the ranks of this host.  Has to run before Paddle is imported.
-    docs/performance.md tells of them (What a run sets on a CPU).
+    docs/performance.md tells of them (What a run sets on a CPU).  Raises UserError for a number of
+    threads that cannot be.
     """
     # Paddle takes one thread where this is unset.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+    threads = number_in("OMP_NUM_THREADS", 1) or max(1, available_cores() // ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     # Milliseconds that a thread without work spins before it sleeps: the default, 200, keeps the
     # cores from the loader workers.
     os.environ.setdefault("KMP_BLOCKTIME", "1")
@@ -101,20 +140,45 @@ def choose_workers(wanted, on_gpu):
 
 
 def import_paddle():
-    """Paddle with this rank's share of the cores, without its notes and its signal handlers."""
+    """Paddle with this rank's share of the cores, without its notes and its signal handlers.
+
+    Raises:
+        UserError: Paddle finds no folder to write in.
+    """
+    for name, value in dict(os.environ).items():
+        if name.startswith("PADDLE_") and not value.strip():  # Paddle takes it for a wrong number
+            del os.environ[name]
     prepare_cpu(local_ranks())
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ notes on connections
     warnings.filterwarnings("ignore", message="No ccache found")
-    with contextlib.redirect_stderr(io.StringIO()):  # a warning that OMP_NUM_THREADS is not 1
-        import paddle
-
-    paddle.disable_signal_handler()  # which prints a stack on SIGTERM
+    # On stderr: a warning that OMP_NUM_THREADS is not 1; and on a signal that comes now, a stack.
+    with contextlib.redirect_stderr(io.StringIO()), _blocked(stop_signals()):
+        try:
+            import paddle
+        except OSError as error:  # it makes ~/.cache/paddle, or that in the temporary folder
+            if not error.filename:
+                raise
+            raise UserError(
+                f"Paddle cannot be loaded, as {error.filename} cannot be made "
+                f"({cause(error)}): set HOME to a folder that can be written"
+            ) from error
+        paddle.disable_signal_handler()  # which prints a stack on SIGTERM
     return paddle
+
+
+@contextlib.contextmanager
+def _blocked(numbers):
+    """Keeps signals back for as long as the context lasts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def threads():
     """The threads that Paddle computes with on the CPU."""
-    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+    return number_in("OMP_NUM_THREADS", 1) or 1
 
 
 @contextlib.contextmanager

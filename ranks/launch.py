@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 
-from ranks.host import die_with_parent, remove_batches
-from ranks.report import REPORT_PIPE
-from utils import UserError, remove_temporary_files
+from ranks.host import available_cores, die_with_parent, number_in, remove_batches, stop_signals
+from ranks.report import REPORT_PIPE, has_launcher
+from utils import UserError, remove_temporary_files, show_path
 
 # How long ranks that were asked to end may take.  stop.py also limits how long a rank waits for the
 # others, loader.py how long for a worker, gloo a collective (30 s).
@@ -27,34 +27,88 @@ _GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that 
 _SILENCE_SECONDS = 60  # of ranks that were asked to end: one that hangs has no other end
 _SAME_REQUEST_SECONDS = 1  # some schedulers signal a process and then its group
 
-# Exit codes of a rank that ended because it was asked to: by stop.py, or by the signal itself
-# before stop.py handles it.
-_AS_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
-
 
 def is_rank():
     """Whether a launcher, ours or Paddle's, started this process as a rank."""
-    return "PADDLE_TRAINER_ID" in os.environ
+    return number_in("PADDLE_TRAINER_ID", 0) is not None
+
+
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
+_GPU_NODES = tuple(f"/dev/nvidia{number}" for number in range(10))
 
 
 def count_gpus():
-    """The GPUs that the installed Paddle can use, honouring CUDA_VISIBLE_DEVICES.
+    """The GPUs that the installed Paddle can use, honouring CUDA_VISIBLE_DEVICES."""
+    return 0 if _cpu_is_asked_for() else _ask_paddle()[0]
 
-    Paddle itself is asked, in a process of its own, and only where there is a trace of a GPU: the
-    import takes seconds, and this process must not load CUDA before it starts the ranks.
+
+def refuse_hidden_gpus():
+    """Raises UserError where there is a GPU, Paddle finds none, and nobody asked for the CPU.
+
+    Without it a wheel for the CPU, or one that the driver is too old for, would train on a core.
     """
-    driver_files = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return 0
-    if not any(os.path.exists(path) for path in driver_files):
-        return 0
-    code = "import paddle; print(paddle.device.cuda.device_count())"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    if _cpu_is_asked_for() or not (_exists(_GPU_NODES) or _nvidia_smi_lists_one()):
+        return
+    gpus, said = _ask_paddle()
+    if not gpus:
+        raise UserError(
+            f"there is a GPU here, but Paddle finds none ({said}): install the wheel for this "
+            "machine's driver (docs/install.md); to train on the CPU, give -nprocs 1"
+        )
+
+
+def _cpu_is_asked_for():
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+
+
+def _exists(paths):
+    return any(os.path.exists(path) for path in paths)
+
+
+def _nvidia_smi_lists_one():
+    """Whether NVIDIA's tool knows of a GPU; under WSL there are no device nodes."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return "GPU " in _run(["nvidia-smi", "-L"], timeout=20).stdout
+    return False
+
+
+def _ask_paddle():
+    """(the GPUs that Paddle finds, its last line where it finds none).
+
+    Asked in a process of its own, and only where there is a trace of a GPU: the import takes
+    seconds, and this process must not load CUDA before it starts the ranks.
+    """
+    if not _exists(_DRIVER_FILES + _GPU_NODES) and not _nvidia_smi_lists_one():
+        return 0, ""
+    code = (
+        "import paddle, sys\n"
+        "if not paddle.is_compiled_with_cuda():\n"
+        "    sys.exit(f'Paddle {paddle.__version__} here is a wheel for the CPU')\n"
+        "print(paddle.device.cuda.device_count())"
     )
+    answer = _run([sys.executable, "-c", code])
     with contextlib.suppress(ValueError, IndexError):
-        return int(answer.stdout.split()[-1])
-    return 0
+        return int(answer.stdout.split()[-1]), _last_line(answer.stderr)
+    return 0, _last_line(answer.stderr)
+
+
+def _run(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
+
+
+def _last_line(text):
+    lines = text.strip().splitlines()
+    return show_path(lines[-1].strip()) if lines else "it does not say why"
+
+
+def unused_nprocs(nprocs):
+    """A warning, on the first rank, where -nprocs is given under another launcher; else None."""
+    if nprocs is None or has_launcher() or number_in("PADDLE_TRAINER_ID", 0) > 0:
+        return None
+    return (
+        f"-nprocs {nprocs} does not count: the environment variable PADDLE_TRAINER_ID says that a "
+        "launcher has started this process (where none has, unset it)"
+    )
 
 
 def choose_ranks(nprocs, gpus):
@@ -71,6 +125,9 @@ def choose_ranks(nprocs, gpus):
         use = f"{gpus} GPU(s): using those" if gpus else "no GPU here: running on the CPU"
         warning = f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds {use}"
     if gpus == 0:
+        cores = available_cores()
+        if warning is None and (nprocs or 1) > cores:
+            warning = f"-nprocs is {nprocs}, but there are {cores} core(s): more take longer"
         return nprocs or 1, warning
     if nprocs is not None and nprocs > gpus:
         raise UserError(
@@ -82,11 +139,11 @@ def choose_ranks(nprocs, gpus):
 def run(ranks, gpus, command):
     """Runs `command` once for each rank on this host and waits for all of them.
 
-    When a rank fails, the others are killed and its error is printed.  SIGINT and SIGTERM are
-    passed on as SIGTERM; a second one kills the ranks, and so does a minute without a sign of life
-    (report.report_alive, report.busy) after the first.  When this process is killed, the kernel
-    sends the ranks a SIGTERM.  A killed rank leaves no process, temporary file or batch in shared
-    memory.
+    When a rank fails, the others are killed and its error is printed.  The signals that ask to end
+    (host.stop_signals) are passed on as SIGTERM; a second one kills the ranks, and so does a minute
+    without a sign of life (report.report_alive, report.busy) after the first.  When this process is
+    killed, the kernel sends the ranks a SIGTERM.  A killed rank leaves no process, temporary file
+    or batch in shared memory.
 
     Args:
         ranks: number of processes.
@@ -98,7 +155,7 @@ def run(ranks, gpus, command):
     """
     reader, writer = os.pipe()
     reports, received = _Reports(reader), _Signals()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, received.take)
     _adopt_orphans()
     processes = [
@@ -120,7 +177,7 @@ def run(ranks, gpus, command):
         return _describe_failure(own["rank"], own["status"], ranks, reports)
     if code == 0:
         return 0
-    if received.first and (code in _AS_ASKED or received.again):
+    if received.first and (_is_as_asked(code) or received.again):
         return 128 + received.first
     return _describe_failure(failed, code, ranks, reports)
 
@@ -157,7 +214,19 @@ def _environments(ranks, on_gpu):
             env["FLAGS_selected_gpus"] = str(rank)
         else:
             env["PADDLE_DISTRI_BACKEND"] = "gloo"
+            env.update(_loopback())
         yield {**os.environ, **env}
+
+
+def _loopback():
+    """Has gloo talk over the loopback; it would look for the host's own name, which not every
+    container or laptop can resolve."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return {}
+    names = []
+    with contextlib.suppress(OSError):
+        names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
 def _free_ports(count):
@@ -240,7 +309,7 @@ def _wait(processes, received, reports):
     while None in (codes := [process.poll() for process in processes]):
         now, heard = time.monotonic(), reports.read()
         if failed is None and (failed := _first_failed(codes)) is not None:
-            deadline = now + (_GRACE_SECONDS if codes[failed] in _AS_ASKED else 0)
+            deadline = now + (_GRACE_SECONDS if _is_as_asked(codes[failed]) else 0)
         elif received.first and not signalled:
             signalled, deadline = True, now + _SILENCE_SECONDS
             _signal_all(processes, signal.SIGTERM)
@@ -263,6 +332,12 @@ def _first_failed(codes):
     consequences = [rank for rank, code in enumerate(codes) if code]
     killed = [rank for rank in consequences if codes[rank] < 0 and codes[rank] != -signal.SIGABRT]
     return next(iter(killed + consequences), None)
+
+
+def _is_as_asked(code):
+    """Whether a rank ended because it was asked to: by stop.py, or where that does not handle the
+    signal, by the signal itself."""
+    return any(code in (128 + number, -number) for number in stop_signals())
 
 
 def _signal_all(processes, number):

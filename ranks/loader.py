@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 from paddle.io.dataloader.worker import _ResumeIteration
 
-from ranks.host import die_with_parent, remove_batches
+from ranks.host import die_with_parent, remove_batches, stop_signals
 from utils import DataError, cause
 
 _PREFETCH = 2  # batches that each loader worker works ahead
@@ -149,7 +149,7 @@ def _start_worker(parent, worker_id):
     gc.freeze()  # otherwise its first collection writes to, and so copies, the parent's objects
     # Only the rank ends its workers, though a terminal sends Ctrl-C, and Paddle's launcher SIGTERM,
     # to the whole process group.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,6 +1,6 @@
 """Ending a training run when asked: what a signal does, and how the ranks agree where to stop.
 
-    with stop.request.finishing():  # SIGTERM and SIGINT no longer end the process
+    with stop.request.finishing():  # SIGTERM and its like no longer end the process
         ...
             if stop.request.is_due_after(steps_done):  # the same step on every rank
                 raise stop.Stopped
@@ -22,6 +22,7 @@ import time
 import paddle
 from paddle import distributed as dist
 
+from ranks import host
 from ranks.collective import add_in_store, all_reduce_max
 from ranks.report import report_alive
 
@@ -51,15 +52,16 @@ class StopRequest:
 
     @contextlib.contextmanager
     def finishing(self):
-        """In here SIGTERM and SIGINT do not end the process; the methods below ask for them."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """In here host.stop_signals do not end the process; the methods below ask for them."""
+        numbers = host.stop_signals()
+        for number in numbers:
             signal.signal(number, self.take)
             # Paddle's store does not stand a system call that a signal interrupts.
             signal.siginterrupt(number, False)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 signal.signal(number, signal.SIG_DFL)
 
     def take(self, number, frame=None):

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from program import ROOT, SMALL, flatten, run_as_rank
+from program import CONFIG, ROOT, SMALL, flatten, run_as_rank
+from program import run as run_command
 
 from config import ConfigError
 from ranks import host, launch
 from training import run
+from utils import UserError
 
 V1 = "5:memory:/\n4:cpu,cpuacct:/job\n3:cpuset:/other\n0::/\n"
 
@@ -63,7 +65,8 @@ def test_cores_are_those_of_the_affinity_within_the_cgroups_quotas(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("already", "ranks", "threads"), [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3")]
+    ("already", "ranks", "threads"),
+    [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3"), ("", 2, "4"), (" ", 2, "4"), (" 2 ", 1, "2")],
 )
 def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, already, ranks, threads):
     monkeypatch.setattr(host, "available_cores", lambda: 8)
@@ -75,9 +78,37 @@ def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, alread
 
 
 @pytest.mark.parametrize(
+    "name, text",
+    [
+        *(("OMP_NUM_THREADS", text) for text in ("0", "-1", "2,1", "two", "1.5", "²")),
+        ("PADDLE_TRAINERS_NUM", "0"), ("PADDLE_LOCAL_SIZE", "x"), ("PADDLE_TRAINER_ID", "-1"),
+    ],
+)  # fmt: skip
+def test_a_number_in_the_environment_that_cannot_be_is_refused_by_name(environment, name, text):
+    environment(**{name: text})
+    ask = {"OMP_NUM_THREADS": lambda: host.prepare_cpu(1), "PADDLE_TRAINER_ID": launch.is_rank}
+    with pytest.raises(UserError, match=f"{name} is '{text}', it must be a whole number"):
+        ask.get(name, host.local_ranks)()
+
+
+def test_an_empty_variable_of_a_launcher_is_an_unset_one(environment):
+    environment(PADDLE_TRAINER_ID="", PADDLE_TRAINERS_NUM=" ", PADDLE_TRAINER_ENDPOINTS="")
+    host.import_paddle()  # which would take them for numbers
+    assert not [name for name in os.environ if name.startswith("PADDLE_TRAINER")]
+
+
+def test_where_paddle_finds_no_folder_to_write_in_home_is_named(tmp_path):
+    (tmp_path / "paddle.py").write_text("raise PermissionError(13, 'Permission denied', '/.cache')")
+    words = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG]
+    result = run_command(words, PADDLE_TRAINER_ID="0", PYTHONPATH=str(tmp_path))
+    result.refused(2, "/.cache cannot be made (Permission denied): set HOME to a folder")
+
+
+@pytest.mark.parametrize(
     ("variables", "is_rank", "local_ranks"),
     [
         ({}, False, 1),
+        ({"PADDLE_TRAINER_ID": "", "PADDLE_TRAINERS_NUM": "", "PADDLE_LOCAL_SIZE": ""}, False, 1),
         ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "1"}, True, 1),
         ({"PADDLE_TRAINER_ID": "1", "PADDLE_TRAINERS_NUM": "4"}, True, 4),
         (

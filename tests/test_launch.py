@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from processes import HANG_SECONDS, is_running, wait_for
-from program import ROOT
+from program import CONFIG, ROOT, run
 
+import main_multi_gpu
 from ranks import launch, report
 from utils import UserError
 
@@ -74,17 +76,22 @@ def started(folder, ranks):
         (None, 0, "0,1", 1, "no GPU here: running on the CPU"),
         (2, 0, "0,1", 2, "no GPU here: running on the CPU"),
         (None, 1, "0,1", 1, "1 GPU(s)"),
+        (4, 0, None, 4, None),
+        (64, 0, None, 64, "-nprocs is 64, but there are 4 core(s)"),
+        (64, 64, None, 64, None),
     ],
 )
 def test_there_is_one_rank_for_each_gpu_or_as_many_as_asked(
-    environment, nprocs, gpus, named, ranks, warned
+    environment, monkeypatch, nprocs, gpus, named, ranks, warned
 ):
+    monkeypatch.setattr(launch, "available_cores", lambda: 4)
     if named is not None:
         environment(CUDA_VISIBLE_DEVICES=named)
     number, warning = launch.choose_ranks(nprocs, gpus)
     assert number == ranks
     if warned:
-        assert "CUDA_VISIBLE_DEVICES names 0,1" in warning and warned in warning
+        assert ("CUDA_VISIBLE_DEVICES names 0,1" in warning) == (named == "0,1")
+        assert warned in warning
     else:
         assert warning is None
 
@@ -120,6 +127,51 @@ def test_gpus_are_those_that_paddle_can_use(
     assert launch.count_gpus() == gpus
 
 
+@pytest.mark.parametrize(
+    ("node", "smi", "named", "answer", "reason"),
+    [
+        ("/dev/nvidia0", "exit 9", None, "echo 0; echo a 1 >&2; echo too old >&2", "too old"),
+        ("/dev/nvidia9", "exit 9", "0,1", "echo no libcudnn.so >&2; exit 1", "no libcudnn.so"),
+        (None, "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'", None, "echo 0", "does not say why"),
+        ("/dev/nvidia0", "exit 9", None, "echo 1", None),
+        ("/dev/nvidia0", "exit 9", "", "echo 0", None),
+        ("/dev/nvidia0", "exit 9", "-1", "echo 0", None),
+        (None, "echo No devices were found; exit 6", None, "echo 0", None),
+        (None, None, None, "echo 0", None),
+        # A container that was given no GPU sees its host's driver.
+        ("/proc/driver/nvidia/version", None, None, "echo 0", None),
+    ],
+)
+def test_a_gpu_that_paddle_does_not_find_is_refused_with_its_reason(
+    environment, monkeypatch, tmp_path, node, smi, named, answer, reason
+):
+    if named is not None:
+        environment(CUDA_VISIBLE_DEVICES=named)
+    for name, code in (("python", answer), ("nvidia-smi", smi)):
+        if code:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(launch.os.path, "exists", lambda path: path == node)
+    if reason is None:
+        launch.refuse_hidden_gpus()
+    else:
+        with pytest.raises(UserError, match=rf"finds none \(.*{reason}\): install .* -nprocs 1"):
+            launch.refuse_hidden_gpus()
+
+
+@pytest.mark.parametrize("words, status", [([], 2), (["-nprocs", "1"], 0)])
+def test_nprocs_asks_for_the_cpu_of_a_machine_with_a_gpu(
+    environment, monkeypatch, capsys, words, status
+):
+    monkeypatch.setattr(launch, "_exists", lambda paths: True)
+    monkeypatch.setattr(launch, "_ask_paddle", lambda: (0, "a wheel for the CPU"))
+    monkeypatch.setattr(launch, "run", lambda *args: 0)
+    assert main_multi_gpu.main(["-cfg", str(CONFIG), *words]) == status
+    assert ("a wheel for the CPU" in capsys.readouterr().err) == bool(status)
+
+
 # --- running ---
 
 
@@ -145,6 +197,76 @@ def test_ranks_get_the_variables_of_paddles_launcher(environment, tmp_path, gpus
         assert {name: variables.get(name) for name in expected} == expected
         assert variables.get("FLAGS_selected_gpus") == (str(number) if gpus else None)
         assert variables.get("PADDLE_DISTRI_BACKEND") == (None if gpus else "gloo")
+        assert variables.get("GLOO_SOCKET_IFNAME") == (None if gpus else "lo")
+
+
+def test_a_network_interface_that_the_user_names_stays(environment, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    ranks = launch._environments(2, on_gpu=False)
+    assert [variables["GLOO_SOCKET_IFNAME"] for variables in ranks] == ["eth7"] * 2
+
+
+def test_ranks_join_on_a_host_whose_own_name_does_not_resolve(environment, tmp_path):
+    network = ["unshare", "-n", "-u", "sh", "-c"]
+    alone = 'hostname nowhere.invalid && ip link set lo up && exec "$@"'
+    if run([*network, alone, "sh", "true"]).status:
+        pytest.skip("a network of its own needs root and a sandbox that allows it")
+    rank = "import os; from ranks import collective as c\n"
+    rank += "os.write(1, b'%d of %d\\n' % c.init_distributed())"  # in one piece
+    code = "import sys; from ranks import launch; sys.exit(launch.run(2, 0, sys.argv[1:]))"
+    words = [sys.executable, "-c", code, sys.executable, "-c", rank]
+    result = run([*network, alone, "sh", *words], cwd=ROOT, CUDA_VISIBLE_DEVICES="").check()
+    assert sorted(result.out.split("\n")) == ["", "0 of 2", "1 of 2"]
+
+
+RANK = "from ranks import report; print(report.how_to_go_on())"
+LAUNCHER = (
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], *sys.argv[2:]])"
+)
+
+
+@pytest.mark.parametrize(
+    "words, resumed",
+    [
+        (["-cfg", "my file.yaml"], "-cfg 'my file.yaml' -resume auto"),
+        (["-resume", "x y", "-amp"], "-amp -resume auto"),
+        (["-res=auto", "-opts", "A", "1"], "-resume auto -opts A 1"),
+        (["-opts", "A", "it's", "MODEL.RESUME", "x"], """-resume auto -opts A 'it'"'"'s'"""),
+        (["-amp", "-opt", "MODEL.RESUME", "x"], "-amp -resume auto"),
+    ],
+)
+def test_the_command_to_go_on_is_the_launchers_ready_to_paste(words, resumed):
+    command = [sys.executable, "-c", LAUNCHER, RANK, *words]
+    result = run(command, cwd=ROOT, CUDA_VISIBLE_DEVICES="0,1", OMP_NUM_THREADS=None).check()
+    start = f"to go on: cd {ROOT} && CUDA_VISIBLE_DEVICES=0,1 {shlex.join(command[:4])}"
+    assert result.out == f"{start} {resumed}\n"
+    several = run(command, cwd=ROOT, PADDLE_TRAINERS_NUM="4", PADDLE_LOCAL_SIZE="2").check()
+    assert several.out.startswith("to go on here, and with each host's own command on the others:")
+    alone = run([sys.executable, "-c", RANK, *words], cwd=ROOT).check()  # pytest is no launcher
+    assert alone.out.endswith(f" -c {resumed}\n")
+
+
+def test_ranks_that_a_signal_ends_before_they_train_were_ended_as_asked(tmp_path):
+    launcher = start_launcher(tmp_path, 2, WAIT)
+    for pid in (*started(tmp_path, 2), launcher.pid):  # as a scheduler does
+        os.kill(pid, signal.SIGUSR1)
+    assert launcher.wait(HANG_SECONDS) == 138
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+def test_a_hangup_is_ignored_where_it_was_ignored_before(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        launcher = start_launcher(tmp_path, 1, WAIT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (rank,) = started(tmp_path, 1)
+    for pid in (rank, launcher.pid):
+        os.kill(pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert is_running(rank)
+    launcher.terminate()
+    assert launcher.wait(HANG_SECONDS) == 143
 
 
 @pytest.mark.parametrize(
@@ -278,7 +400,13 @@ def test_without_a_launcher_an_error_is_printed_at_once(environment, capsys):
     assert capsys.readouterr().err == "wrong\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140),
+        (signal.SIGHUP, 129),
+    ],
+)  # fmt: skip
 def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path, number, status):
     launcher = start_launcher(tmp_path, 2, WAIT)
     ranks = started(tmp_path, 2)

@@ -117,3 +117,23 @@ def test_a_barrier_to_which_a_rank_never_comes_ends_the_others(tmp_path):
     )
     assert status == 1 and said == ["0", "1"]
     assert "_wait_for_all" in err
+
+
+def test_what_asks_a_run_to_end_does_so_in_it_alone_and_never_ends_a_loader_worker():
+    code = """
+import os, signal
+from ranks import loader, stop
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+with stop.request.finishing():
+    for number in numbers:
+        stop.request.signal_number = None
+        os.kill(os.getpid(), number)
+        assert stop.request.signal_number == number
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.request.signal_number == numbers[-1]
+assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL] * 4
+loader._start_worker(os.getppid(), 0)
+assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 4
+"""
+    run_preloaded([sys.executable, "-c", code], cwd=ROOT).check()
