@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, in this process and with one rank."""
 
+import json
 import os
 
 import pytest
@@ -8,7 +9,7 @@ from golden import config_of
 from gmlp import build_gmlp
 from training import resume
 from training.resume import Start, find_start, is_outdated
-from weights import pdparams
+from weights import WeightsError, pdparams
 
 
 @pytest.fixture
@@ -25,38 +26,97 @@ def reads(monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """(config, model) with three checkpoints in one run's folder; last.pdparams is the newest."""
+def write(tmp_path):
+    """Writes a checkpoint of a run; each is older than the one before, as no copying program has
+    to keep times."""
+    model, files = build_gmlp(config_of("tiny")), []
+
+    def write(name, epoch, batch=0, run="train-1"):
+        path = tmp_path / run / f"{name}.pdparams"
+        path.parent.mkdir(exist_ok=True)
+        facts = {"model_name": "tiny", "images": 1000, "batch_size": 1, "ranks": 1}
+        tree = {"model": model.state_dict(), "epoch": epoch, "batch": batch, "run": facts}
+        pdparams.write(path, tree)
+        files.append(path)
+        os.utime(path, (1000 - len(files), 1000 - len(files)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, write):
+    """(config, model) with three checkpoints in one run's folder, whose times say the opposite."""
     config = config_of("tiny")
     config.SAVE, config.MODEL.NAME, config.MODEL.RESUME = str(tmp_path), "tiny", "auto"
-    model = build_gmlp(config)
-    (tmp_path / "train-1").mkdir()
     for number, name in enumerate(("Epoch-1", "previous", "last")):
-        path = tmp_path / "train-1" / f"{name}.pdparams"
-        facts = {"model_name": "tiny"}
-        pdparams.write(path, {"model": model.state_dict(), "epoch": number, "run": facts})
-        os.utime(path, (number, number))
-    return config, model
+        write(name, number)
+    return config, build_gmlp(config)
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def start_of(run, said):
     return find_start(*run, rank=0, warn=said.append)
 
 
-def test_a_sound_run_costs_one_read(run, reads):
+def name_of(start):
+    return os.path.basename(start.path)
+
+
+def test_a_sound_run_costs_one_read_whatever_the_times_of_its_files(run, reads):
     said = []
     start = start_of(run, said)
-    assert os.path.basename(start.path) == "last.pdparams" and start.tree["epoch"] == 2
+    assert name_of(start) == "last.pdparams" and start.tree["epoch"] == 2
     assert reads == ["last.pdparams"] and said == []
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, reads, tmp_path):
-    last = tmp_path / "train-1" / "last.pdparams"
-    last.write_bytes(last.read_bytes()[:-100])
-    os.utime(last, (9, 9))
+def test_where_the_newest_is_damaged_the_furthest_of_the_others_counts(run, write, reads, tmp_path):
+    damage(tmp_path / "train-1" / "last.pdparams")
+    for name, *place in (("Epoch-9", 9), ("Epoch-10", 10), ("best", 8), ("previous", 18, 5)):
+        write(name, *place)
     said = []
-    assert start_of(run, said).tree["epoch"] == 1
-    assert reads == ["previous.pdparams"] and len(said) == 1 and "passed over" in said[0]
+    assert name_of(start_of(run, said)) == "previous.pdparams"
+    assert len(said) == 1 and "passed over" in said[0]
+    assert reads == ["previous.pdparams", "best.pdparams", "Epoch-10.pdparams"]  # 10, not 9 or 1
+    damage(tmp_path / "train-1" / "previous.pdparams")
+    damage(tmp_path / "train-1" / "Epoch-10.pdparams")
+    assert name_of(start_of(run, [])) == "Epoch-9.pdparams"
+    write("best", 9, 1)
+    assert name_of(start_of(run, [])) == "best.pdparams"
+    for name in ("last", "previous", "best", "Epoch-9", "Epoch-10"):
+        (tmp_path / "train-1" / f"{name}.pdparams").unlink()
+    assert name_of(start_of(run, [])) == "Epoch-1.pdparams"
+
+
+@pytest.mark.parametrize("place, name", [((2, 1), "new.pdparams"), ((1, 9), "last.pdparams")])
+def test_what_a_kill_has_left_unnamed_counts_where_it_is_further(run, write, reads, place, name):
+    write("new", *place)
+    assert name_of(start_of(run, [])) == name
+    assert reads == ["new.pdparams", "last.pdparams"]
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_of_several_runs_the_one_that_wrote_last_is_taken_and_said(run, write, tmp_path, rows):
+    path = write("last", 1, run="train-2")
+    write("Epoch-300", 300, run="train-0")
+    if rows:  # the times of the files are a copy's
+        for number in (0, 1, 2):
+            text = json.dumps({"time": 500.0 + (number == 2)}) + '\n{"time": 9e9, "ki'
+            (tmp_path / f"train-{number}" / "metrics.jsonl").write_text(text)
+    else:
+        os.utime(path, (2000, 2000))
+    said = []
+    assert start_of(run, said).path == str(path)
+    assert len(said) == 1 and "of 3 runs" in said[0] and "goes on with train-2, " in said[0]
+
+
+def test_another_data_sets_run_in_the_same_folder_asks_for_an_output_of_its_own(run):
+    run[0].MODEL.NUM_CLASSES = 12
+    with pytest.raises(WeightsError, match=r"give this run an -output of its own .*last\."):
+        find_start(run[0], build_gmlp(run[0]), rank=0, warn=print)
 
 
 def test_another_models_checkpoints_do_not_count(run, tmp_path):
@@ -79,6 +139,8 @@ def test_only_checkpoints_of_trainings_are_candidates(run, tmp_path):
     (tmp_path / "train-1" / "best_weights.pdparams").touch()
     (tmp_path / "eval-1").mkdir()
     (tmp_path / "eval-1" / "last.pdparams").touch()
+    (tmp_path / "train-1" / "Epoch-2.pdparams").symlink_to("/nowhere")
+    (tmp_path / "train-1" / "mine.pdparams").touch()
     names = [os.path.basename(path) for path in resume.candidates(str(tmp_path))]
     assert names == ["last.pdparams", "previous.pdparams", "Epoch-1.pdparams"]
 

@@ -3,16 +3,17 @@
 import contextlib
 import glob
 import os
+import time
 from typing import NamedTuple, Optional
 
 import paddle
 
-from config import ConfigError
 from ranks import stop
 from ranks.collective import all_reduce_sum, broadcast_object
 from training import state
-from weights import WeightsError, assign_weights, pdparams
-from weights.checkpoint import check_weights, newest_first
+from utils import last_time
+from weights import WeightsError, assign_weights, checkpoint, pdparams
+from weights.checkpoint import NotThisModel, check_weights
 
 
 class Start(NamedTuple):
@@ -36,19 +37,16 @@ def find_start(config, model, rank, warn):
         warn: called with sentences for the log.
 
     Raises:
-        ConfigError: -resume beside -eval.
         WeightsError: the file cannot be used, or is another model's.
     """
     path, tree, seen = config.MODEL.RESUME, None, {}
-    if not path:
+    if not path or config.EVAL:  # a file's RESUME is for training
         return Start()
-    if config.EVAL:
-        raise ConfigError("-eval goes with -pretrained FILE, not with -resume")
     is_auto = path == "auto"
     if is_auto:
         if rank == 0:
             seen = candidates(config.SAVE)
-            path, tree = _newest_valid(seen, config.MODEL.NAME, warn)
+            path, tree = _choose(config.SAVE, config.MODEL.NAME, warn)
         stop.barrier()  # reading large files may have taken rank 0 long
         path = broadcast_object(path)
         if path is None:
@@ -58,9 +56,17 @@ def find_start(config, model, rank, warn):
             )
             return Start(seen=seen)
     tree = _read_everywhere(path, tree, is_auto, rank, warn)
-    if tree.get("model_ema"):  # before the model is changed
-        check_weights(model, tree["model_ema"], path)
-    assign_weights(model, tree["model"], path)
+    try:
+        if tree.get("model_ema"):  # before the model is changed
+            check_weights(model, tree["model_ema"], path)
+        assign_weights(model, tree["model"], path)
+    except NotThisModel as error:
+        if not is_auto:
+            raise
+        raise NotThisModel(
+            f"-resume auto: the newest run of {config.MODEL.NAME} under {config.SAVE} is one of "
+            f"another model or data set: give this run an -output of its own ({error})"
+        ) from None
     return Start(path, tree, seen)
 
 
@@ -75,23 +81,91 @@ def is_outdated(config, rank, start):
 
 
 def candidates(save_folder):
-    """The training checkpoints of all runs in a folder: path to time (ns), newest first."""
-    pattern = os.path.join(glob.escape(save_folder), "train-*", "*.pdparams")
-    times = newest_first(pattern)
-    return {p: time for p, time in times.items() if os.path.basename(p) != "best_weights.pdparams"}
+    """The training checkpoints of all runs in a folder: path to time (ns)."""
+    times = {}
+    for folder in _runs(save_folder):
+        for path in _newest(folder) + _others(folder):
+            with contextlib.suppress(OSError):  # a dangling link
+                times[path] = os.stat(path).st_mtime_ns
+    return times
 
 
-def _newest_valid(paths, model_name, warn):
-    """(path, tree) of the newest valid checkpoint of a model of this name, or (None, None)."""
+def _runs(save_folder):
+    return glob.glob(os.path.join(glob.escape(save_folder), "train-*"))
+
+
+def _named(folder, *names):
+    paths = [os.path.join(folder, f"{name}.pdparams") for name in names]
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _newest(folder):
+    """What a sound run's newest checkpoint is called; new.pdparams is there after a kill alone."""
+    return _named(folder, "new", "last")
+
+
+def _others(folder):
+    """A run's other checkpoints, which count where the newest is damaged or gone."""
+    return [*_named(folder, "previous", "best"), *checkpoint.epochs_in(folder)]
+
+
+def _choose(save_folder, model_name, warn):
+    """(path, tree) of the checkpoint to go on from, or (None, None).
+
+    The newest run of a model of this name, and of that the checkpoint which is furthest.  A
+    checkpoint's name and contents say how far it is; the time of a file may be that of a copy.
+    """
+    times = {folder: _last_sign_of(folder) for folder in _runs(save_folder)}
+    runs = sorted((when, folder) for folder, when in times.items() if when is not None)
+    for written, folder in reversed(runs):
+        path, tree = _furthest(_newest(folder), warn)
+        if tree is None:
+            path, tree = _furthest(_others(folder), warn)
+        if tree is not None and tree.get("run", {}).get("model_name") == model_name:
+            if len(runs) > 1:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
+                warn(
+                    f"-resume auto: of {len(runs)} runs under {save_folder} it goes on with "
+                    f"{os.path.basename(folder)}, which wrote last, at {when} (another one: "
+                    "-resume FILE)"
+                )
+            return path, tree  # where its weights do not fit, it will be refused
+    return None, None
+
+
+def _furthest(paths, warn):
+    """(path, tree) of the sound checkpoint that is furthest in its training, or (None, None).
+
+    Of the kept epochs, whose names say how far they are, the highest sound one alone is read.
+    """
+    best, found, done = (), (None, None), False
     for path in paths:
+        is_epoch = checkpoint.number_of(path) is not None
+        if is_epoch and done:
+            continue
         try:
             tree = state.read(path, require_checksum=True, say=warn)
         except WeightsError as error:
             warn(f"-resume auto: passed over {error}")
             continue
-        if tree.get("run", {}).get("model_name") == model_name:
-            return path, tree  # where its weights do not fit, it will be refused
-    return None, None
+        done = done or is_epoch
+        place = (tree.get("epoch", 0), tree.get("batch", 0))
+        if place > best:
+            best, found = place, (path, tree)
+    return found
+
+
+def _last_sign_of(folder):
+    """When a run wrote last, in seconds; None for one without checkpoints.
+
+    Its metrics.jsonl says so, whose rows have their times: copying a run leaves them as they are.
+    Where there is none, the time of its newest checkpoint's file.
+    """
+    paths = _newest(folder) or _others(folder)
+    if not paths:
+        return None
+    written = last_time(os.path.join(folder, "metrics.jsonl"))
+    return written or max(os.stat(path).st_mtime for path in paths)
 
 
 def _read_everywhere(path, tree, require_checksum, rank, warn):

@@ -3,7 +3,6 @@
 Files are read and written by pdparams.py; what a training checkpoint means is training/state.py's.
 """
 
-import contextlib
 import glob
 import itertools
 import math
@@ -231,7 +230,7 @@ def save(folder, tree, names=(), last_good=None):
 
 
 def remove_old_epochs(folder, count):
-    """Removes all `Epoch-<n>.pdparams` but the newest, once one that stays is read back whole.
+    """Removes all `Epoch-<n>.pdparams` but the highest, once one that stays is read back whole.
 
     Args:
         folder: the run's folder.
@@ -240,8 +239,7 @@ def remove_old_epochs(folder, count):
     Returns:
         A sentence for the log for each file that was removed, or why none was.
     """
-    pattern = os.path.join(glob.escape(folder), "Epoch-*.pdparams")
-    paths = list(newest_first(pattern))
+    paths = epochs_in(folder)
     old = paths[count:]
     if not old:
         return []
@@ -260,19 +258,17 @@ def _link(source, target):
         try:
             os.link(source, temporary)
         except OSError:
-            shutil.copy2(source, temporary)  # with its time, by which the newest is found
+            shutil.copy2(source, temporary)
 
 
-def newest_first(pattern):
-    """The files of a pattern, path to time (ns), newest first."""
-    times = {}
-    for path in glob.glob(pattern):
-        with contextlib.suppress(OSError):  # a dangling link
-            times[path] = os.stat(path).st_mtime_ns
-    return dict(sorted(times.items(), key=lambda item: (item[1], _order(item[0])), reverse=True))
+def number_of(path):
+    """The n of an Epoch-<n>.pdparams; None for other files."""
+    match = re.fullmatch(r"Epoch-(\d+)\.pdparams", os.path.basename(path))
+    return int(match.group(1)) if match else None
 
 
-def _order(path):
-    """Sorts files of the same moment, on file systems whose clock is coarse: by their numbers."""
-    name = os.path.basename(path)
-    return name != "previous.pdparams", [int(n) for n in re.findall(r"\d+", name)], name
+def epochs_in(folder):
+    """The Epoch-<n>.pdparams of a folder, highest first: a file's time may be that of a copy."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "Epoch-*.pdparams"))
+    paths = [path for path in paths if number_of(path) is not None]
+    return sorted(paths, key=number_of, reverse=True)
