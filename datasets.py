@@ -5,6 +5,7 @@ image's path relative to the folder, white space, and an integer label.  Another
 subclass of ImageSource and an entry in DATASETS.
 """
 
+import hashlib
 import os
 import warnings
 from array import array
@@ -93,6 +94,13 @@ class ImageList(ImageSource):
 
     def place(self, index):
         return f"{self.name}:{self._numbers[index]}"
+
+    def digest(self):
+        """What tells this list from others (training/state.py)."""
+        digest = hashlib.sha256(self._paths)
+        for numbers in (self._ends, self.labels):
+            digest.update(numbers.tobytes())
+        return digest.hexdigest()
 
     def _lines(self):
         """(number, stripped bytes) of every line that is not blank; the start of one too long."""

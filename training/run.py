@@ -3,6 +3,7 @@
 Model, data, start, folder, log: everything that can be refused is refused here.
 """
 
+import functools
 import os
 import platform
 import subprocess
@@ -12,16 +13,25 @@ import numpy as np
 import paddle
 import PIL
 
-from config import ConfigError
+from config import ConfigError, changed
 from datasets import build_dataset
 from gmlp import build_gmlp, can_recompute
 from ranks.collective import broadcast_object, init_distributed
 from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
-from training import optim, resume
+from training import optim, resume, state
 from training.whose import whose
-from utils import DataError, MetricsFile, lock, remove_temporary_files, setup_logging, write_text
+from utils import (
+    DataError,
+    MetricsFile,
+    cause,
+    lock,
+    remove_temporary_files,
+    setup_logging,
+    show,
+    write_text,
+)
 from weights import WeightsError, load_into
 from weights.checkpoint import NotThisModel
 
@@ -153,18 +163,28 @@ class Run:
                 "in it"
             )
         remove_temporary_files(self.folder)
-        write_text(os.path.join(self.folder, "config.yaml"), self.config.dump())
+        settings = self.config.clone()
+        settings.defrost()
+        settings.MODEL.RESUME = None  # the file evaluates what comes of the run, and repeats it
+        write_text(os.path.join(self.folder, "config.yaml"), settings.dump())
 
     def _log_start(self):
         parameters = sum(int(param.size) for param in self.model.parameters())
         for line in describe_machine(self.world_size):
             self.log.info(line)
         self.log.info(f"{self.config.MODEL.NAME}: {parameters:,} parameters")
-        self.log.info(f"config:\n{self.config.dump().rstrip()}")
+        settings = [f"{key} {show(value)}" for key, value in changed(self.config).items()]
+        self.log.info(f"settings that differ from config.py: {', '.join(settings)}")
+        self.log.info(f"config:\n{self.config.dump().rstrip()}", extra={"file_only": True})
         if self.config.MODEL.PRETRAINED and not self.start.path:
             self.log.info(f"weights from {self.config.MODEL.PRETRAINED}")
         for warning in dict.fromkeys(self.warnings):
             self.log.warning(warning)
+
+    @functools.cached_property
+    def list_digest(self):
+        """What tells the training images and labels from others; see state.digest."""
+        return state.digest(self.train_data.images, self.config.DATA.DATA_PATH)
 
     def loader(self, dataset, sampler):
         """The batches of a sampler; see ranks.loader.build_loader."""
@@ -213,24 +233,32 @@ def describe_machine(world_size):
         f"python {platform.python_version()}, paddle {paddle.__version__}, "
         f"numpy {np.__version__}, pillow {PIL.__version__}, {platform.platform()}",
         f"device {device}, {world_size} rank(s), {threads()} thread(s) per rank",
-        f"git revision {git_revision() or 'unknown (not a git checkout)'}",
+        f"git revision {git_revision()}",
     ]
 
 
 def git_revision():
-    """The commit of this source tree, with "+" where files differ from it; None outside git."""
-    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = ["git", "-C", folder]
+    """The commit of this source tree, with "+" where files differ from it, or why there is none."""
+    folder = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    # A clone that belongs to somebody else is read too: its code is what runs here.
+    git = ["git", "-c", f"safe.directory={folder}", "--no-optional-locks", "-C", folder]
+    # A git hook, for one, has variables that name another repository.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def output(*words):
+        command = [*git, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
     try:
         # Not the revision of some other repository that this folder happens to lie in.
-        top = _output([*git, "rev-parse", "--show-toplevel"])
-        if os.path.realpath(top) != os.path.realpath(folder):
-            return None
-        changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-        return _output([*git, "rev-parse", "HEAD"]) + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _output(command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        top = output("rev-parse", "--show-toplevel").strip()
+        if os.path.realpath(top) != folder:
+            return "unknown (not a git checkout)"
+        differs = output("status", "--porcelain", "--untracked-files=no")
+        return output("rev-parse", "HEAD").strip() + ("+" if differs else "")
+    except subprocess.CalledProcessError as error:
+        if not os.path.exists(os.path.join(folder, ".git")):
+            return "unknown (not a git checkout)"
+        return f"unknown ({' '.join(error.stderr.split()[:40])})"
+    except OSError as error:
+        return f"unknown (git cannot be run: {cause(error)})"

@@ -5,14 +5,17 @@ plus what an exact resume needs (step, batch, loss, best, run).  Random states a
 draw is a function of the place in the training.
 """
 
+import hashlib
 import math
 import os
 import re
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import paddle
 
+from config import value_of
 from ranks import host
 from ranks.report import busy
 from weights import WeightsError, assign_weights, checkpoint, pdparams
@@ -101,20 +104,78 @@ def collect(training):
     return tree
 
 
+# The keys that decide a run's numbers; a key stands here or in DOES_NOT_DECIDE.
+DECIDES = (
+    "DATA.IMAGE_SIZE", "DATA.IMAGE_CHANNELS", "DATA.IMAGENET_MEAN", "DATA.IMAGENET_STD",
+    "MODEL.NUM_CLASSES", "MODEL.DROPOUT", "MODEL.DROPPATH",
+    "MODEL.MIXER.PATCH_SIZE", "MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH",
+    "MODEL.MIXER.MLP_RATIO",
+    "TRAIN.NUM_EPOCHS", "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_STEPS", "TRAIN.WEIGHT_DECAY",
+    "TRAIN.BASE_LR", "TRAIN.WARMUP_START_LR", "TRAIN.END_LR", "TRAIN.GRAD_CLIP",
+    "TRAIN.LINEAR_SCALED_LR", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_BACKBONE",
+    "TRAIN.OPTIMIZER.EPS", "TRAIN.OPTIMIZER.BETAS",
+    "TRAIN.MODEL_EMA", "TRAIN.MODEL_EMA_DECAY", "TRAIN.MODEL_EMA_FORCE_CPU",
+    "TRAIN.SMOOTHING", "TRAIN.COLOR_JITTER", "TRAIN.AUTO_AUGMENT", "TRAIN.RAND_AUGMENT",
+    "TRAIN.RAND_AUGMENT_LAYERS", "TRAIN.RAND_AUGMENT_MAGNITUDE", "TRAIN.RAND_AUGMENT_OPERATORS",
+    "TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.HFLIP",
+    "TRAIN.MIXUP_ALPHA", "TRAIN.MIXUP_PROB", "TRAIN.MIXUP_SWITCH_PROB", "TRAIN.MIXUP_MODE",
+    "TRAIN.CUTMIX_ALPHA", "TRAIN.CUTMIX_MINMAX",
+    "TRAIN.RANDOM_ERASE_PROB", "TRAIN.RANDOM_ERASE_MODE", "TRAIN.RANDOM_ERASE_COUNT",
+    "TRAIN.RANDOM_ERASE_SPLIT",
+    "AMP_DTYPE",
+)  # fmt: skip
+# Keys that decide them too, and that a checkpoint has under names of its own.
+OWN_NAMES = {
+    "model_name": "MODEL.NAME",
+    "batch_size": "DATA.BATCH_SIZE",
+    "seed": "SEED",
+    "optimizer": "TRAIN.OPTIMIZER.NAME",
+    "lr_schedule": "TRAIN.LR_SCHEDULE",
+    "accum_iter": "TRAIN.ACCUM_ITER",  # as an epoch allows it
+    "amp": "AMP",  # as the device allows it
+}
+# Where data, weights and outputs are; how often something is written, validated or shown; how an
+# evaluation computes; what gives the same bits either way, or has no effect.
+DOES_NOT_DECIDE = (
+    "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.BATCH_SIZE_EVAL", "DATA.CROP_PCT",
+    "MODEL.TYPE", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.ATTENTION_DROPOUT",
+    "TRAIN.LAST_EPOCH", "TRAIN.RECOMPUTE",
+    "SAVE", "SAVE_FREQ", "SAVE_FREQ_STEPS", "KEEP_LAST", "REPORT_FREQ", "VALIDATE_FREQ",
+    "CPU_INFERENCE", "EVAL",
+)  # fmt: skip
+
+
 def run_facts(training):
     """The facts that must not change for a resumed run to be the same bit for bit."""
-    config = training.config
+    config, run = training.config, training.run
+    settings = {key: value_of(config, key) for key in DECIDES}
     return {
-        "model_name": config.MODEL.NAME,
-        "images": len(training.run.train_data),
-        "ranks": training.run.world_size,
+        "images": len(run.train_data),
+        "list": run.list_digest,
+        "ranks": run.world_size,
         "threads": host.threads(),
-        "batch_size": config.DATA.BATCH_SIZE,
+        "on_gpu": run.on_gpu,
+        **{name: value_of(config, key) for name, key in OWN_NAMES.items()},
         "accum_iter": training.accum_iter,
-        "seed": config.SEED,
-        "optimizer": config.TRAIN.OPTIMIZER.NAME,
-        "lr_schedule": config.TRAIN.LR_SCHEDULE,
+        "amp": run.amp,
+        **{key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()},
     }
+
+
+def digest(images, root):
+    """What tells images and labels, in their order, from others: 64 hex digits.
+
+    Args:
+        images: an ImageSource; its own `digest()` where it has one, which is faster for a list.
+        root: the data set's folder, which may be another one the next time.
+    """
+    if hasattr(images, "digest"):
+        return images.digest()
+    root = os.path.join(root, "")
+    paths = (os.fspath(images.image_path(index)) for index in range(len(images)))
+    paths = "\0".join(path.removeprefix(root) for path in paths)
+    labels = np.asarray(images.labels, dtype="<i4").tobytes()
+    return hashlib.sha256(os.fsencode(paths) + b"\0" + labels).hexdigest()
 
 
 # What every run had before checkpoints said so.
@@ -157,6 +218,17 @@ def _is_name(value):
     return type(value) is str and value.isprintable() and len(value) <= 200
 
 
+def _is_setting(value):
+    """Whether it can be the value of a key: it goes into a warning."""
+    if type(value) is list:
+        return (
+            len(value) <= 100
+            and all(type(item) is not list for item in value)
+            and all(map(_is_setting, value))
+        )
+    return value is None or type(value) is bool or _is_finite(value) or _is_name(value)
+
+
 # What a file may hold beside weights and optimizer state, which are checked against the model.  Any
 # key may be missing, as in PaddleViT's files.
 _SCHEMA = {
@@ -166,9 +238,10 @@ _SCHEMA = {
     "loss": _is_finite,
     "best": {"acc1": _is_finite, "epoch": _is_count},
     "run": {
-        **dict.fromkeys(("model_name", "optimizer", "lr_schedule"), _is_name),
+        **dict.fromkeys(("model_name", "optimizer", "lr_schedule", "list"), _is_name),
         **dict.fromkeys(("images", "ranks", "threads", "batch_size"), _is_count),
         **dict.fromkeys(("accum_iter", "seed"), _is_count),
+        **dict.fromkeys(("amp", "on_gpu", *DECIDES), _is_setting),
     },
     "amp_grad_scaler": {},
 }
@@ -279,7 +352,7 @@ def _move_to_place(training, tree, path):
     training.place = Place(tree["epoch"], batch, tree.get("loss", 0.0))
     training.updater.move_to(step)
     changes = [
-        f"{key} {old[key]} (now {value})"
+        _describe_change(key, old[key], value)
         for key, value in facts.items()
         if key in old and old[key] != value
     ]
@@ -288,6 +361,12 @@ def _move_to_place(training, tree, path):
         training.run.log.warning(
             f"{path} was {made}: going on at the same place in the epoch, not bit for bit"
         )
+
+
+def _describe_change(key, old, new):
+    if key == "list":
+        return "another list of training images, labels or their order"
+    return f"{key} {old} (now {new})"
 
 
 def restore_optimizer(optimizer, model, state):
