@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,3 +149,33 @@ def test_it_is_used_where_asked_for_or_worth_it(
     assert len(made) == (words is not None and possible)
     log = "".join(path.read_text() for path in tmp_path.glob("eval-*/log.txt"))
     assert words in log if words else "Paddle Inference" not in log
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "error, free, parts",
+    [
+        (PermissionError(13, "Permission denied", "/.cache"), 1 << 40, ["/.cache", "set HOME"]),
+        (RuntimeError("Cannot read tensor desc size"), 65536, ["64 KB free", "set TMPDIR"]),
+        (RuntimeError("another reason"), 1 << 40, ["another reason"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["auto", "float32"])
+def test_where_it_cannot_start_the_layers_evaluate_with_a_word(
+    trained, few_digits, tmp_path, monkeypatch, error, free, parts, kind
+):
+    def fail(*args):
+        raise error
+
+    usage = types.SimpleNamespace(free=free)
+    monkeypatch.setattr(inference, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(inference.paddle.jit, "save", lambda *args, **kwargs: fail())
+    monkeypatch.setattr(inference.shutil, "disk_usage", lambda path: usage)
+    result = run_as_rank(
+        "-data_path", few_digits, "-output", tmp_path, "-eval",
+        "-pretrained", trained / "best_weights.pdparams",
+        "-opts", *flatten({**SMALL, "CPU_INFERENCE": kind}),
+    ).check()  # fmt: skip
+    assert scores_of(tmp_path)["images"] == 101
+    for part in ("evaluating with the model's layers", *parts):
+        assert part in result.out

@@ -13,7 +13,7 @@ from paddle.nn import functional as F
 
 from gmlp import build_gmlp
 from ranks import stop
-from training import evaluate, optim
+from training import advice, evaluate, optim
 from training import train as training_module
 from training.resume import Start
 from training.state import NonFiniteLoss
@@ -308,3 +308,35 @@ def test_random_parts_are_a_function_of_seed_epoch_batch_and_rank():
     assert len({value for pair in draws() for value in pair}) == 6
     assert not set(draws()) & set(draws(rank=1))
     assert not set(draws()) & set(draws(seed=1))
+
+
+def plan_of(decay, epochs, average=True):
+    """The warnings of a run of 6 steps an epoch before its first step, and the run."""
+    said = []
+    log = types.SimpleNamespace(info=print, warning=said.append)
+    training = make_training(make_batches(6, 1), log=log)
+    train = training.config.TRAIN
+    train.MODEL_EMA, train.MODEL_EMA_DECAY, train.NUM_EPOCHS = average, decay, epochs
+    training.learning_rate = optim.LearningRate(train, 1, 6)
+    said.clear()
+    training._log_plan()
+    return [sentence for sentence in said if "EMA" in sentence], training
+
+
+def test_an_average_that_cannot_follow_in_a_short_run_is_said_with_a_decay_that_can():
+    (sentence,), _ = plan_of(0.99996, 30)
+    assert "TRAIN.MODEL_EMA_DECAY 0.99996 is slow for a run of 180 steps" in sentence
+    assert "99% of the average" in sentence and "take about 0.946" in sentence
+    for decay, epochs, average in ((0.946, 30, True), (0.99996, 15625, True), (1, 30, False)):
+        assert plan_of(decay, epochs, average)[0] == []  # 93,750 steps are ImageNet's at 4,096
+
+
+def test_an_average_that_is_worse_than_its_model_is_said_at_the_end():
+    _, training = plan_of(0.9999, 30)
+    training.scores = {"model": 100.0, "ema": 75.0}
+    (sentence,) = advice.about_average(training)
+    for part in ("75.00", "100.00", "best_weights.pdparams", "TRAIN.MODEL_EMA_DECAY 0.9999"):
+        assert part in sentence
+    for scores in ({}, {"model": 9.0}, {"model": 9.0, "ema": 9.0}):
+        training.scores = scores
+        assert list(advice.about_average(training)) == []

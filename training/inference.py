@@ -15,6 +15,7 @@ import tempfile
 import paddle
 
 from ranks.host import quiet, threads
+from utils import cause
 
 _WORTH_COMPILING = 1000  # images per rank; compiling an S/16 takes the time that it saves on 200
 
@@ -38,7 +39,34 @@ def choose_model(run):
         dtype = "float32"
     run.log.info(f"Paddle Inference computes the evaluation in {dtype} (CPU_INFERENCE {kind})")
     sizes = run.model.sizes
-    return CompiledModel(run.model, [sizes.in_channels, sizes.image_size, sizes.image_size], dtype)
+    shape = [sizes.in_channels, sizes.image_size, sizes.image_size]
+    try:
+        return CompiledModel(run.model, shape, dtype)
+    except Exception as error:
+        run.log.warning(
+            "evaluating with the model's layers, which takes longer, as Paddle Inference cannot "
+            f"start: {explain(error, run.model)}"
+        )
+        return run.model
+
+
+def explain(error, model):
+    """Why a model could not be compiled, with the cure: it takes two folders to write in."""
+    path = getattr(error, "filename", None)
+    if path and ".cache" in os.fspath(path):  # where paddle.jit keeps the code that it writes
+        return f"{path} cannot be made ({cause(error)}): set HOME to a folder that can be written"
+    needed = 4 * sum(int(param.size) for param in model.parameters()) + (1 << 20)
+    try:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+    except OSError as no_folder:
+        return f"{cause(no_folder)}: set TMPDIR to a folder that can be written"
+    if free < needed:
+        return (
+            f"{folder} has {free >> 10:,} KB free and it takes {needed >> 10:,}: set TMPDIR to a "
+            "folder with more room"
+        )
+    return cause(error)
 
 
 def can_compile():

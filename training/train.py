@@ -15,7 +15,8 @@ from paddle.nn import functional as F
 from datasets import BATCH_STREAM, TrainSampler, batches_per_epoch
 from ranks import stop
 from ranks.collective import MeanMeter
-from training import evaluate, optim, state
+from ranks.report import how_to_go_on
+from training import advice, evaluate, optim, state
 from training.run import build_model
 from training.state import NonFiniteLoss, Place
 from transforms import BatchTransform
@@ -33,7 +34,7 @@ class Training:
         batches, steps_per_epoch: of an epoch, the same on every rank.
         accum_iter: batches per optimizer step; the last step of an epoch may have fewer.
         place: how far training is.
-        best: the best validation's acc1 and epoch.
+        best: the best validation's acc1 and epoch; scores: the last one's acc1 by EMA.name.
         saved, saved_place: the last checkpoint's path and place.
 
     Raises:
@@ -61,7 +62,7 @@ class Training:
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
         self.batch_transform = BatchTransform(self.config, train=True)
-        self.best = {"acc1": -1.0, "epoch": 0}
+        self.best, self.scores = {"acc1": -1.0, "epoch": 0}, {}
         self.place = Place(train.LAST_EPOCH)
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
         self.saved, self.saved_place = None, None
@@ -82,23 +83,15 @@ class Training:
         return optim.EMA(self.run.model, average, train.MODEL_EMA_DECAY, train.MODEL_EMA_FORCE_CPU)
 
     def _log_plan(self):
-        train, log, rate = self.config.TRAIN, self.run.log, self.learning_rate
+        log, rate = self.run.log, self.learning_rate
         log.info(
             f"{len(self.run.train_data):,} training and {len(self.run.val_data):,} validation "
             f"images; {self.images_per_step} images per step, {self.steps_per_epoch} steps per "
             f"epoch, {rate.total} steps in all"
         )
         log.info(str(rate))
-        if self.accum_iter < train.ACCUM_ITER:
-            log.warning(
-                f"TRAIN.ACCUM_ITER is {train.ACCUM_ITER}, but an epoch has only {self.batches} "
-                "batches: a step takes all of them"
-            )
-        if rate.warmup > rate.total:
-            log.warning(
-                f"warm-up is longer than the whole run of {rate.total} steps: the learning rate "
-                "will not reach its peak (TRAIN.WARMUP_STEPS, TRAIN.WARMUP_EPOCHS)"
-            )
+        for sentence in advice.about_plan(self):
+            log.warning(sentence)
 
     # --- epochs ---
 
@@ -147,6 +140,8 @@ class Training:
         if self.best["epoch"]:
             acc1, epoch = self.best["acc1"], self.best["epoch"]
             log.info(f"best Acc@1 {acc1:.2f} ({self.ema.name}) in epoch {epoch}")
+        for sentence in advice.about_average(self):
+            log.warning(sentence)
         log.info(f"outputs in {self.run.folder}")
 
     def _train_epoch(self, epoch):
@@ -176,6 +171,7 @@ class Training:
         scores = evaluate.validate_run(self.run, model, f"validate {weights}")
         self.run.log.info(f"epoch {epoch} {weights}: {evaluate.describe(scores)}")
         self.run.metrics.write(kind="eval", epoch=epoch, weights=weights, **scores)
+        self.scores[weights] = scores["acc1"]
         if not np.isfinite(scores["loss"]):
             raise NonFiniteLoss(
                 f"the validation loss is {scores['loss']} after epoch {epoch}, which is not saved"
@@ -308,8 +304,5 @@ class Training:
         """Saves where all ranks have done the same steps.  Returns the exit status."""
         if self.saved_place != self.place or os.path.dirname(self.saved) != self.run.folder:
             state.save(self)
-        self.run.log.info(
-            f"stopped as asked after {state.describe_place(self)}; to go on: the same command with "
-            f"-resume auto, or with -resume {self.saved}"
-        )
+        self.run.log.info(f"stopped as asked after {state.describe_place(self)}; {how_to_go_on()}")
         return 128 + (stop.request.signal_number or signal.SIGTERM)

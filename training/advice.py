@@ -1,0 +1,43 @@
+"""Warnings about a training that cannot give what was meant: before its first step, and at its end.
+
+Each gives the keys to change.
+"""
+
+import math
+
+# Shares of the average that are still the weights it began with, at the run's end.
+_SLOW, _GOOD = math.exp(-3), math.exp(-10)
+
+
+def about_plan(training):
+    """Sentences about settings that do not go with the length of this run."""
+    train, rate = training.config.TRAIN, training.learning_rate
+    if training.accum_iter < train.ACCUM_ITER:
+        yield (
+            f"TRAIN.ACCUM_ITER is {train.ACCUM_ITER}, but an epoch has only {training.batches} "
+            "batches: a step takes all of them"
+        )
+    if rate.warmup > rate.total:
+        yield (
+            f"warm-up is longer than the whole run of {rate.total} steps: the learning rate "
+            "will not reach its peak (TRAIN.WARMUP_STEPS, TRAIN.WARMUP_EPOCHS)"
+        )
+    share = train.MODEL_EMA_DECAY**rate.total
+    if train.MODEL_EMA and share > _SLOW:
+        yield (
+            f"TRAIN.MODEL_EMA_DECAY {train.MODEL_EMA_DECAY:g} is slow for a run of {rate.total} "
+            f"steps: at its end {100 * share:.0f}% of the average (EMA) are still the weights that "
+            f"it began with, and best_weights.pdparams is the average: take about "
+            f"{_GOOD ** (1 / rate.total):.3g}, or TRAIN.MODEL_EMA False"
+        )
+
+
+def about_average(training):
+    """A sentence where the average that best_weights.pdparams holds is worse than the model."""
+    scores, decay = training.scores, training.config.TRAIN.MODEL_EMA_DECAY  # the last validation's
+    if "ema" in scores and scores["ema"] < scores["model"]:
+        yield (
+            f"at the end the average (EMA) has Acc@1 {scores['ema']:.2f} and the model itself "
+            f"{scores['model']:.2f}, but best_weights.pdparams is the average: "
+            f"TRAIN.MODEL_EMA_DECAY {decay:g} may be slow for this run (last.pdparams has both)"
+        )
