@@ -6,4 +6,5 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/tools/run_program.sh"
-run_program -eval -pretrained="${PRETRAINED:-./gmlp_s16_224.pdparams}" -amp "$@"
+[ -n "${CFG:-}" ] || PRETRAINED=${PRETRAINED:-./gmlp_s16_224.pdparams}
+run_program -eval ${PRETRAINED:+-pretrained="$PRETRAINED"} -amp "$@"

@@ -38,7 +38,6 @@ def test_training_and_evaluation_scripts_are_the_readmes_commands(recorder, tmp_
         "devices 0,1,2,3,4,5,6,7",
         str(ROOT / "main_multi_gpu.py"),
         f"-cfg={ROOT}/configs/gmlp_s16_224.yaml",
-        "-batch_size=256",
         f"-data_path={data}",
         "-amp",
         "-seed",
@@ -49,12 +48,19 @@ def test_training_and_evaluation_scripts_are_the_readmes_commands(recorder, tmp_
         "devices 0,1,2,3,4,5,6,7",
         str(ROOT / "main_multi_gpu.py"),
         f"-cfg={ROOT}/configs/gmlp_s16_224.yaml",
-        "-batch_size=256",
         f"-data_path={data}",
         "-eval",
         f"-pretrained={weights}",
         "-amp",
     ]
+
+
+def test_what_no_variable_says_is_as_in_the_yaml(recorder):
+    env = {"PYTHON": str(recorder), "CFG": "my.yaml", "CUDA_VISIBLE_DEVICES": None}
+    program = ["devices 0,1,2,3,4,5,6,7", str(ROOT / "main_multi_gpu.py"), "-cfg=my.yaml"]
+    assert scripted("run_train_multi.sh", **env).check().out.splitlines() == [*program, "-amp"]
+    evaluation = scripted("run_eval_multi.sh", **env).check().out.splitlines()
+    assert evaluation == [*program, "-eval", "-amp"]
 
 
 def test_every_part_can_be_set_from_the_environment(recorder, tmp_path):

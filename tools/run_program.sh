@@ -2,8 +2,8 @@
 #
 #   run_program FLAG...
 #
-# becomes main_multi_gpu.py with what the variables say, then the flags.  Without DATASET the data
-# set is of the YAML's kind, imagenet2012 unless that says otherwise.
+# becomes main_multi_gpu.py with what the variables say, then the flags.  What no variable says is as
+# in the YAML.
 
 run_program() {
     CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}
@@ -16,8 +16,8 @@ run_program() {
     fi
     exec "$PYTHON" "$here/main_multi_gpu.py" \
         -cfg="${CFG:-$here/configs/gmlp_s16_224.yaml}" \
-        -batch_size="${BATCH_SIZE:-256}" \
-        -data_path="${DATA_PATH:-/dataset/imagenet}" \
+        ${BATCH_SIZE:+-batch_size="$BATCH_SIZE"} \
+        ${DATA_PATH:+-data_path="$DATA_PATH"} \
         ${DATASET:+-dataset="$DATASET"} \
         ${OUTPUT:+-output="$OUTPUT"} \
         ${NPROCS:+-nprocs="$NPROCS"} \
