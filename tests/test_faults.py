@@ -29,7 +29,18 @@ from processes import (
     wait_for,
     wait_until_no_batches_but,
 )
-from program import CONFIG, ROOT, SMALL, flatten, metrics, run, run_program, same, start_program
+from program import (
+    CONFIG,
+    ROOT,
+    SMALL,
+    flatten,
+    metrics,
+    run,
+    run_preloaded,
+    run_program,
+    same,
+    start_program,
+)
 
 from ranks.host import remove_batches
 from training import state
@@ -165,8 +176,13 @@ def test_a_run_killed_very_often_ends_with_the_bits_of_one_never_killed(
 
 @pytest.mark.parametrize(
     "number, status",
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
-)
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGUSR1, 138),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in
+          ((signal.SIGINT, 130), (signal.SIGUSR2, 140), (signal.SIGHUP, 129))),
+    ],
+)  # fmt: skip
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     number, status, straight, few_digits, tmp_path
 ):
@@ -174,16 +190,23 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     before = batches_in_shared_memory()
     process = start(few_digits, tmp_path, {**LONG, "REPORT_FREQ": 1}, "-num_workers", 1)
     wait_for(lambda: log_of(tmp_path).count("images/s") > reports, process)
-    os.killpg(process.pid, number)  # as a terminal does
+    if number in (signal.SIGUSR1, signal.SIGUSR2):  # as a scheduler does, to loader workers too
+        for pid in processes_of(process.pid):
+            os.kill(pid, number)
+    else:
+        os.killpg(process.pid, number)  # as a terminal does
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status, out
     *_, saved = re.findall(r"saved last\.pdparams.* \((.*)\)", out)
-    assert f"stopped as asked after {saved}; to go on: the same command with -resume auto" in out
-    assert "Traceback" not in out
+    assert f"stopped as asked after {saved}; to go on: cd " in out
+    assert "Traceback" not in out and "rank 0" not in out
     assert not session_exists(process.pid)
     wait_until_no_batches_but(before)
-    out, _ = start(few_digits, tmp_path, LONG).communicate(timeout=HANG_SECONDS)
-    assert "going on with" in out
+    (command,) = re.findall("to go on: cd (.*)", out)
+    folder, _, *words = shlex.split(command)
+    words = [word for word in words if not re.match("[A-Z_]+=", word)]
+    result = run_preloaded(words, cwd=folder).check()  # as pasted
+    assert "going on with" in result.out and "not bit for bit" not in result.out
     assert same(checkpoint_of(tmp_path), straight)
 
 
@@ -409,21 +432,24 @@ def stopped(few_digits, tmp_path_factory):
 def test_a_changed_run_goes_on_at_the_same_place_in_the_epoch_and_says_so(
     stopped, few_digits, tmp_path, ranks, env, changes, said, batch
 ):
-    opts = {**LONG, "TRAIN.NUM_EPOCHS": 2, **changes}
+    # An earlier end is another schedule; where nothing changes, the whole run goes on.
+    opts = {**LONG, **({"TRAIN.NUM_EPOCHS": 2} if said else {}), **changes}
     result = run_program(
         "-data_path", few_digits, "-output", tmp_path, "-nprocs", ranks, "-resume", stopped,
         opts=opts, **{"OMP_NUM_THREADS": "1", **env},
     ).check()  # fmt: skip
     assert re.search(rf"going on with epoch 2, batch {batch}/\d+ from", result.out), result.out
     if said:
-        assert f"was made with {said}: going on at the same place in the epoch" in result.out
+        words = f"was made with {said}, TRAIN.NUM_EPOCHS 8 (now 2): going on at the same place"
+        assert words in result.out
     else:
         assert "not bit for bit" not in result.out
     total = 203 // (opts["DATA.BATCH_SIZE"] * ranks)
     assert metrics(folder_of(tmp_path), "train")[-1]["batch"] == total
     # The learning rate is where an uninterrupted run of this kind would have it.
     steps = -(-total // min(total, opts["TRAIN.ACCUM_ITER"]))
-    assert metrics(folder_of(tmp_path), "epoch")[-1]["step"] == 2 * steps
+    epochs = opts["TRAIN.NUM_EPOCHS"]
+    assert metrics(folder_of(tmp_path), "epoch")[-1]["step"] == epochs * steps
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,10 @@ from program import (
     start_program,
 )
 
+import main_multi_gpu
 from config import get_config
 from gmlp import build_gmlp
+from ranks.report import REPORT_PIPE
 from weights import checkpoint, pdparams
 
 
@@ -147,6 +149,7 @@ def test_resume_auto_goes_on_in_the_same_folder_or_starts_fresh(few_digits, tmp_
     (folder,) = tmp_path.glob("train-*")
     assert (folder / "Epoch-2.pdparams").exists()
     assert (folder / "log.txt").read_text().count("parameters") == 2  # appended
+    assert get_config(folder / "config.yaml").MODEL.RESUME is None  # so that it evaluates
     # A checkpoint that is cut off is passed over for the one before, with a warning.
     for name in ("Epoch-2.pdparams", "last.pdparams", "best.pdparams"):
         data = (folder / name).read_bytes()
@@ -179,10 +182,14 @@ def test_two_ranks_that_accumulate_do_what_one_rank_does(few_digits, tmp_path):
 def test_another_batch_size_goes_on_at_the_same_epoch_with_a_warning(trained, few_digits, tmp_path):
     result = run_program(
         "-data_path", few_digits, "-output", tmp_path,
-        "-resume", trained / "Epoch-1.pdparams", opts={**SMALL, "DATA.BATCH_SIZE": 50},
+        "-resume", trained / "Epoch-1.pdparams",
+        opts={**SMALL, "DATA.BATCH_SIZE": 50, "TRAIN.MIXUP_ALPHA": 0.2},
     ).check()  # fmt: skip
     assert "made with ranks 2 (now 1), threads 1 (now" in result.out
-    assert "batch_size 10 (now 50): going on at the same place in the epoch" in result.out
+    assert (
+        "batch_size 10 (now 50), TRAIN.MIXUP_ALPHA 0.8 (now 0.2): going on at the same"
+        in result.out
+    )
     (folder,) = tmp_path.glob("train-*")
     # 203 images in batches of 50 are 4 batches and, 3 accumulated, 2 steps an epoch.
     assert [row["step"] for row in metrics(folder, "train")] == [4]
@@ -300,6 +307,41 @@ def test_a_cpu_says_that_it_has_no_amp_and_no_gpu(trained, few_digits, tmp_path)
     assert "running float32" in result.out
 
 
+def test_without_a_model_it_is_asked_for_with_the_files_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(main_multi_gpu.launch, "run", lambda *args: 0)
+    assert main_multi_gpu.main(["-data_path", "x"]) == 2
+    assert "configs/gmlp_s16_224.yaml, " in capsys.readouterr().err
+    sizes = ["MODEL.MIXER.EMBED_DIM", "64", "MODEL.MIXER.DEPTH", "2"]
+    assert main_multi_gpu.main(["-data_path", "x", "-opts", *sizes]) == 0
+
+
+def test_nprocs_under_another_launcher_is_said_not_to_count(environment, monkeypatch, capsys):
+    monkeypatch.setattr(main_multi_gpu, "run_rank", lambda config: 0)
+    monkeypatch.setattr(main_multi_gpu.launch, "run", lambda *args: 5)
+    args, name = ["-cfg", str(CONFIG), "-nprocs", "1"], "PADDLE_TRAINER_ID"
+    for value, status, said in (("0", 0, True), ("1", 0, False), ("", 5, False), ("x", 2, False)):
+        environment(**{name: value}, PADDLE_TRAINERS_NUM="")
+        assert main_multi_gpu.main(args) == status
+        err = capsys.readouterr().err
+        assert ("-nprocs 1 does not count" in err) == said
+        assert (name in err) == (value in ("0", "x"))
+    environment(**{name: "0", REPORT_PIPE: "9"})  # our launcher hands its flags on
+    assert main_multi_gpu.main(args) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_console_gets_what_differs_and_the_log_has_every_setting(trained, few_digits, tmp_path):
+    result = run_as_rank(
+        "-data_path", few_digits, "-output", tmp_path, "-eval",
+        "-pretrained", trained / "best_weights.pdparams",
+        "-opts", *flatten({**SMALL, "MODEL.RESUME": "auto"}),  # of a file: it is for training
+    ).check()  # fmt: skip
+    (log,) = tmp_path.glob("eval-*/log.txt")
+    assert "MODEL.MIXER.EMBED_DIM 16, " in result.out and "VALIDATE_FREQ" not in result.out
+    assert "VALIDATE_FREQ: 1" in log.read_text()
+    assert "HFLIP 0.0" in result.out and len(result.out.splitlines()) < 15
+
+
 def test_no_arguments_print_the_usage():
     result = run([sys.executable, ROOT / "main_multi_gpu.py"])
     result.refused(2, "usage:", "-cfg")
@@ -316,6 +358,12 @@ def test_no_arguments_print_the_usage():
         (["-batch_size", "0"], ["DATA.BATCH_SIZE", "at least 1"]),
         (["-nprocs", "0"], ["-nprocs is 0, it must be at least 1"]),
         (["-opts", "TRAIN.BASELR", "1"], ["no key 'TRAIN.BASELR'; did you mean TRAIN.BASE_LR?"]),
+        (["--data_path", "x"], ["--data_path x; did you mean -data_path?"]),
+        (["--batch-size", "3"], ["did you mean -batch_size?"]),
+        (["TRAIN.NUM_EPOCHS=3"], ["-opts TRAIN.NUM_EPOCHS 3"]),
+        (["-opts", "TRAIN.NUM_EPOCHS=3"], ["write TRAIN.NUM_EPOCHS 3"]),
+        (["-opts", "SEED", "1", "-resume", "auto"], ["-resume has to stand before -opts"]),
+        (["-cfg", "gmlp_s16_224"], ["did you mean", "configs/gmlp_s16_224.yaml?"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -415,10 +463,21 @@ def test_a_terminal_shows_a_progress_bar(few_digits, tmp_path):
         nonlocal shown
         if select.select([main], [], [], 0)[0]:
             shown += os.read(main, 65536)
-        return re.search(rb"epoch 2/300:.*\d+%.*<.*loss \d.*lr \d.*images/s", shown)
+        return re.search(rb"epoch 2/300:.*\d+%.*loss \d.*lr \d.*images/s.*\d<", shown)
+
+    def bar_fits():
+        nonlocal shown
+        if select.select([main], [], [], 0)[0]:
+            shown += os.read(main, 65536)
+        *_, last, _ = (shown.replace(b"\n", b"\r") + b"\r").rsplit(b"\r", 2)
+        return (
+            re.fullmatch(rb"epoch \d+/300: \d+%, loss \d\.\d+, lr \d.*", last) and len(last) <= 60
+        )
 
     try:
         wait_for(bar_is_complete, process)
+        fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+        wait_for(bar_fits, process)  # what a person looks for is there in a narrow window too
     finally:
         process.kill()
         process.wait()
