@@ -12,7 +12,7 @@ EXPECTED_ACC1 = 95.0  # percent
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="the demo's output folder")
     folder = parser.parse_args().folder
     try:

@@ -9,7 +9,6 @@ runs' folders (pretrained, scratch, finetuned, frozen).  Exit status: 0, 1 where
 what was asked wrongly.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -34,7 +33,7 @@ _RUNS = {
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add(
         "-output",
@@ -116,6 +115,7 @@ def train(output, name, seed, classes, epochs, data, words):
             f"{output / name}.txt: the run ended with exit status {status}; see there"
         )
     (folder,) = (output / name).glob("train-*")
+    print(f"outputs in {folder}", flush=True)
     return folder
 
 

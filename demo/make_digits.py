@@ -53,7 +53,7 @@ def make_digits(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the data set goes")
     root = parser.parse_args().folder
     try:

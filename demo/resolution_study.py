@@ -14,7 +14,6 @@ Prints a table: Acc@1 on val_list.txt at each size, in percent and as a share of
 Nothing is trained.  Exit status: 0, 2 for what was asked wrongly.
 """
 
-import argparse
 import contextlib
 import math
 import os
@@ -34,11 +33,7 @@ _METHODS = ("resampled", "nearest", "scaled", "new")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("-cfg", metavar="YAML", required=True, help="the model, at the size it was trained for")
     add("-pretrained", metavar="FILE", required=True, help="its weights")

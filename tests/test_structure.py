@@ -98,14 +98,17 @@ SAFE = ["-P"] if sys.version_info >= (3, 11) else []
         ["tools/predict.py"],
         ["tools/benchmark"],
         ["demo/finetune_demo.py"],
-        [*SAFE, "main_multi_gpu.py"],
-        [*SAFE, "tools/predict.py"],
-        [*SAFE, "tools/benchmark"],
+        [*SAFE, "-OO", "main_multi_gpu.py"],
+        [*SAFE, "-OO", "tools/predict.py"],
+        [*SAFE, "-OO", "tools/benchmark"],
+        [*SAFE, "-OO", "demo/make_digits.py"],
         ["-m", "tools.predict"],
         ["-m", "tools.benchmark"],
+        ["-m", "demo.resolution_study"],
+        ["-m", "demo.demo_summary"],
     ],
 )
-def test_programs_start_by_path_by_module_and_with_a_safe_path(words):
+def test_programs_start_by_path_by_module_with_a_safe_path_and_without_docstrings(words):
     done = subprocess.run([sys.executable, *words, "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 

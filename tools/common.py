@@ -1,4 +1,4 @@
-"""What the command-line tools share: one way to end, counted messages, a run's metrics.
+"""What the command-line tools share: one way to ask and to end, counted messages, a run's metrics.
 
 def work(args): ...      # imports Paddle by common.import_paddle(), after the arguments are known
 
@@ -6,11 +6,13 @@ if __name__ == "__main__":
     sys.exit(common.run(build_parser(), work))
 """
 
+import argparse
 import collections
 import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 try:
     from config import ConfigWarning, show_warnings_of
     from ranks import host
+    from ranks.report import REPORT_PIPE
     from utils import (
         SCORES,
         UserError,
@@ -45,6 +48,43 @@ class NoRows(UserError):
     """A run's folder has nothing of a training, or nothing yet."""
 
 
+# What a launcher tells its ranks.  A container may have kept it: then a tool, which is
+# one process, would wait for other ranks for ever.
+_OF_A_RANK = re.compile(
+    "PADDLE_(TRAINER|LOCAL_|GLOBAL_|RANK_|NNODES|MASTER|CURRENT_ENDPOINT|DISTRI_BACKEND)"
+    f"|FLAGS_selected_gpus|{REPORT_PIPE}"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A tool's command line, with the first line of its docstring, which -OO leaves out, in -h."""
+
+    def __init__(self, doc=None, **options):
+        description = (doc or "").split("\n")[0]
+        super().__init__(**{"description": description, "allow_abbrev": False, **options})
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse; words that are left over get the name of what took only one."""
+        args = sys.argv[1:] if args is None else list(args)
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._took_one(args, rest[0])}")
+        return parsed
+
+    def _took_one(self, args, word):
+        if word.startswith("-"):
+            return ""
+        before = args[: args.index(word)]
+        flags = [name for name in before if name in self._option_string_actions]
+        last = self._option_string_actions[flags[-1]] if flags else None
+        if last and last.nargs is None:
+            what = f"{flags[-1]} takes one {last.metavar or 'value'}"
+        else:
+            names = [action.metavar or action.dest for action in self._get_positional_actions()]
+            what = f"it takes one {' and one '.join(names)}" if names else ""
+        return f" ({what}: did a pattern match several files?)" if what else ""
+
+
 def run(parser, work, argv=None):
     """Runs a tool.  An error is one sentence on stderr, `tool: path: what is wrong`.
 
@@ -59,7 +99,12 @@ def run(parser, work, argv=None):
     """
     prepare_streams()
     args = parser.parse_args(argv)
+    for name in filter(_OF_A_RANK.match, list(os.environ)):
+        del os.environ[name]
     show_warnings_of(parser.prog)
+    with contextlib.suppress(AttributeError):  # a notebook's stream, which takes any text
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text of this terminal
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, leave)
     try:
         status = work(args)
@@ -80,6 +125,9 @@ def run(parser, work, argv=None):
     except (Failed, OSError) as error:
         print(f"{parser.prog}: {describe_error(error)}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in handlers.items():  # a notebook's, which goes on
+            signal.signal(number, handler)
 
 
 _ASKED_WRONGLY = (
@@ -160,6 +208,25 @@ class Tally:
         from tqdm import tqdm
 
         tqdm.write(f"{self._prefix}{sentence}", file=getattr(sys, self._stream))
+
+
+class LeftOut:
+    """What utils.find_images leaves out: counted by its kind, with a few names of each."""
+
+    def __init__(self):
+        self.counts, self._names = collections.Counter(), {}
+
+    def add(self, kind, path):
+        self.counts[kind] += 1
+        names = self._names.setdefault(kind, [])
+        if len(names) < 3:
+            names.append(show_path(path))
+
+    def sentences(self):
+        """One for each kind."""
+        for kind, names in self._names.items():
+            more = ", ..." if self.counts[kind] > len(names) else ""
+            yield f"left out: {self.counts[kind]:,} ({kind}): {', '.join(names)}{more}"
 
 
 def metrics_path(run):

@@ -6,7 +6,6 @@
 A key's meaning is the comment beside it in config.py, or the lines above it.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ _HEAD = "| key | default | takes | meaning |\n| --- | --- | --- | --- |\n"
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     parser.add_argument("-update", action="store_true", help="write the tables into docs/config.md")
     return parser
 

@@ -21,7 +21,6 @@ and compared with the live model: where a probability is more than 1e-4 apart it
 Exit status: 0; 1 for a difference or what else failed while running; 2 for what was asked wrongly.
 """
 
-import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -47,7 +46,7 @@ _INPUT, _OUTPUT = "images", "probabilities"
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("-cfg", metavar="YAML", required=True, help="the model")
     add("-pretrained", metavar="FILE", required=True, help="its weights")

@@ -7,7 +7,6 @@ Multiply-adds are those of one image's forward pass through convolutions and lin
 gates' spatial projections are linear layers); LayerNorm, GELU and sums are left out.
 """
 
-import argparse
 import collections
 import math
 import sys
@@ -24,7 +23,7 @@ _CONFIGS = [common.ROOT / "configs" / f"gmlp_{size}_224.yaml" for size in ("ti16
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     parser.add_argument(
         "configs",
         nargs="*",

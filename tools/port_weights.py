@@ -41,7 +41,7 @@ _TOLERANCE = 1e-10
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help=".safetensors, .pdparams, or a PyTorch file")
     add("target", metavar="TARGET", help="a new .pdparams (for Paddle) or .safetensors (for timm)")

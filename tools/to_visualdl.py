@@ -9,7 +9,6 @@ not begun to, until Ctrl-C or SIGTERM.  What a run repeated after it was resumed
 was last.  Needs visualdl.
 """
 
-import argparse
 import contextlib
 import glob
 import io
@@ -29,7 +28,7 @@ _SECONDS = 5  # from one look at a run to the next; VisualDL's page asks every 1
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder, or its metrics.jsonl")
     add("-follow", action="store_true", help="wait for the run, and go on while it writes")

@@ -50,13 +50,11 @@ RAND_AUGMENT = [
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        prog="benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = common.Parser(__doc__, prog="benchmark")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, defaults) in COMMANDS.items():
-        text = function.__doc__.split("\n")[0]
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        text = (function.__doc__ or "").split("\n")[0]
+        command = commands.add_parser(name, help=text, doc=text)
         for option, default in {**defaults, "json": None}.items():
             flag = dict(OPTIONS[option])
             if default:
