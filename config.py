@@ -20,7 +20,7 @@ from typing import NamedTuple, Optional, Union
 import yaml
 from yacs.config import CfgNode
 
-from utils import UserError, cause, show, show_path
+from utils import UserError, cause, show, show_path, wide_text
 
 _NO_LIMIT = sys.float_info.max  # so that infinity and NaN are refused
 _ABOVE_0 = 5e-324  # the smallest float
@@ -323,7 +323,8 @@ def _read_yaml(path, name):
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(_YAML_LIMIT + 1)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: this config file is not UTF-8 text") from error
+        what = wide_text(error.object) or "not UTF-8 text"
+        raise ConfigError(f"{name}: this config file is {what}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         sentence = f"{name}: cannot read this config file: {cause(error)}"
         raise ConfigError(sentence + _suggest_recipe(path)) from error

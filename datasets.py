@@ -5,6 +5,7 @@ image's path relative to the folder, white space, and an integer label.  Another
 subclass of ImageSource and an entry in DATASETS.
 """
 
+import functools
 import hashlib
 import os
 import warnings
@@ -15,7 +16,7 @@ import paddle
 from PIL import Image
 
 from transforms import build_transform
-from utils import DataError, cause, show, show_path
+from utils import DataError, cause, only_pixels, show, show_path, text_lines
 
 _LINE_LIMIT = 5000  # bytes; a path has at most 4096
 # The first number of a seed says what is drawn, as NumPy takes [0, 1] and [0, 1, 0] for the same
@@ -70,9 +71,10 @@ class ImageList(ImageSource):
         number = 0
         for number, line in self._lines():
             try:
-                path, label = _parse_line(line, num_classes)
+                path, label = _parse_line(line, num_classes, root)
             except DataError as error:
-                sentence = f"{self.name}:{number}: {error}"
+                hint = self._hint if isinstance(error, _LabelError) else ""
+                sentence = f"{self.name}:{number}: {error}{hint}"
                 if on_bad_line is None:
                     raise DataError(sentence) from None
                 on_bad_line(sentence)
@@ -90,7 +92,7 @@ class ImageList(ImageSource):
 
     def image_path(self, index):
         start = self._ends[index - 1] if index else 0
-        return os.path.join(self.root, self._paths[start : self._ends[index]].decode())
+        return os.path.join(self.root, os.fsdecode(self._paths[start : self._ends[index]]))
 
     def place(self, index):
         return f"{self.name}:{self._numbers[index]}"
@@ -102,19 +104,19 @@ class ImageList(ImageSource):
             digest.update(numbers.tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def _hint(self):
+        """What helps where labels were counted from 1."""
+        labels = (line.rsplit(None, 1)[-1] for _, line in self._lines())
+        zero = any(not label.strip(b"0") for label in labels)
+        return "" if zero else "; labels start at 0, and no line has a 0"
+
     def _lines(self):
         """(number, stripped bytes) of every line that is not blank; the start of one too long."""
         try:
-            with open(self.name, "rb") as file:
-                if file.read(3) != b"\xef\xbb\xbf":  # a UTF-8 byte order mark
-                    file.seek(0)
-                for number, line in enumerate(iter(lambda: file.readline(_LINE_LIMIT + 1), b""), 1):
-                    if len(line) > _LINE_LIMIT:
-                        yield number, line
-                        while line and not line.endswith(b"\n"):
-                            line = file.readline(_LINE_LIMIT + 1)
-                    elif line := line.strip():
-                        yield number, line
+            yield from text_lines(self.name, _LINE_LIMIT)
+        except DataError as error:
+            raise DataError(f"{self.name}:1: this list is {error}") from None
         # An OSError, or a ValueError for a path that cannot be one (with a NUL).
         except (OSError, ValueError) as error:
             raise DataError(
@@ -165,7 +167,7 @@ def _read_rgb(path):
 
     Pixels of 16 bits keep their high 8, as a viewer's do (Pillow would clip them all to white).
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), only_pixels():
         # A run's terminal is no place for what Pillow remarks about metadata and palettes.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -274,7 +276,11 @@ def build_dataset(config, train):
     return ImageDataset(DATASETS[config.DATA.DATASET](config, train), transform, config.SEED)
 
 
-def _parse_line(line, num_classes):
+class _LabelError(DataError):
+    """A label that is none of the classes'."""
+
+
+def _parse_line(line, num_classes, root):
     """(path in bytes, label) of a line of a list; DataError says what is wrong with it."""
     if len(line) > _LINE_LIMIT:
         raise DataError("this line is longer than any path and label")
@@ -282,14 +288,14 @@ def _parse_line(line, num_classes):
     if len(parts) < 2 or not parts[1].lstrip(b"+-").isdigit():
         raise DataError(f"{show(line)} has no label; a line is a path, white space and an integer")
     path, digits = parts
-    try:
-        path.isascii() or path.decode()
-    except UnicodeDecodeError:
-        raise DataError("this line is not UTF-8 text") from None
+    # The bytes are the file's name in any locale; such that are no UTF-8 are mostly a mistake.
+    utf8 = path.isascii() or path.decode(errors="ignore").encode() == path
+    if not utf8 and not os.path.exists(os.path.join(os.fsencode(root), path)):
+        raise DataError("this line is not UTF-8 text, and no file has its bytes for a name")
     # Ten digits exceed any number of classes; int() of thousands would take its time.
     label = int(digits) if len(digits) <= 10 and digits.isdigit() else num_classes
     if label >= num_classes:
-        raise DataError(
+        raise _LabelError(
             f"label {show(digits)} is not in 0..{num_classes - 1} "
             f"(MODEL.NUM_CLASSES is {num_classes})"
         )

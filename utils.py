@@ -3,8 +3,11 @@
 Nothing here imports Paddle, NumPy or tqdm before it is needed, so that every program can use it.
 """
 
+import codecs
 import contextlib
+import errno
 import fcntl
+import functools
 import glob
 import json
 import logging
@@ -12,6 +15,7 @@ import math
 import os
 import pathlib
 import reprlib
+import resource
 import sys
 import time
 
@@ -50,10 +54,35 @@ def new_file(path):
 def write_text(path, text, mode="w"):
     """Writes or appends text in place.  Raises OSError, always with the file's name in it."""
     try:
-        with open(path, mode, encoding="utf-8") as file:
+        with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
     except OSError as error:
         raise cannot_be_written(path, error) from error
+
+
+def text_lines(path, limit):
+    """The lines of a text file that are not blank, after a byte order mark.
+
+    Yields:
+        (number from 1, stripped bytes); of a line longer than `limit` bytes only the start, as
+        long as more than that.
+
+    Raises:
+        DataError: it is UTF-16 or UTF-32, as wide_text says it.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4)
+        if what := wide_text(start):
+            raise DataError(what)
+        file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
+        for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+            if len(line) > limit:
+                yield number, line
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(limit + 1)
+            elif line := line.strip():
+                yield number, line
 
 
 def cannot_be_written(path, error):
@@ -136,33 +165,78 @@ def show(value, limit=100):
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def wide_text(start):
+    """What a text with these first bytes is where that is UTF-16 or UTF-32, in words; else None."""
+    for name, marks in _WIDE_MARKS.items():
+        if start.startswith(marks):
+            return f"{name} text: save it as UTF-8 (iconv -f {name} -t UTF-8 OLD > NEW)"
+    return None
+
+
+_WIDE_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # the first begins as UTF-16 does
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+
+
 def cause(error):
     """An error's reason in one line; of an OSError without its number and file."""
     text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    text = " ".join(text.split())[:200] or type(error).__name__
+    if getattr(error, "errno", None) == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        text += f": a process may have {limit} (ulimit -n): raise that, or take fewer -num_workers"
+    return text
 
 
 def describe_error(error):
     """An error as one sentence; an OSError's own text would begin with its number."""
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{error.filename}: {cause(error)}" if error.filename else cause(error)
 
 
 # --- images in folders ---
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp",
-                  ".gif")  # fmt: skip
+# Kinds of what is left out, for counts.
 HIDDEN = "hidden"
+SYSTEM = "folders that a system makes"
 NO_IMAGE = "without an image's suffix"
 DEAD_LINK = "links that lead nowhere"
 NO_FILE = "neither files nor folders"
+UNREADABLE = "folders that cannot be read"
 AGAIN = "links to a folder above or one that was read already"
-# What nobody can have meant to be there, in a sentence.
-BROKEN = {
-    DEAD_LINK: "this link leads nowhere",
-    NO_FILE: "this is neither a file nor a folder",
-}
+# Thumbnails, copies and what was deleted: of Synology, QNAP, macOS, Windows, ext4, FAT, Android and
+# Jupyter.  Lower case, as these systems do not tell case.
+_SYSTEM_FOLDERS = {
+    "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb",
+    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000",
+    "lost.dir", ".ipynb_checkpoints",
+}  # fmt: skip
+# Formats that Pillow recognizes, and cannot read without another program or library.
+_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@functools.lru_cache(None)
+def image_suffixes():
+    """The suffixes, in lower case, of the images that Pillow can read on this machine."""
+    from PIL import Image
+
+    Image.init()
+    formats = {*Image.OPEN, "MPO"} - _NO_PIXELS  # .mpo is read as the JPEG that it begins with
+    return tuple(
+        suffix for suffix, name in Image.registered_extensions().items() if name in formats
+    )
+
+
+def is_image_name(path):
+    """Whether a file's name has the suffix of an image."""
+    return path.lower().endswith(image_suffixes())
+
+
+def is_system_folder(name):
+    """Whether a folder of this name was made by a system, not by a person."""
+    return name.lower() in _SYSTEM_FOLDERS
 
 
 def find_images(folder, skip):
@@ -172,13 +246,11 @@ def find_images(folder, skip):
 
     Args:
         folder: where to look.
-        skip: called with (HIDDEN, NO_IMAGE, DEAD_LINK, NO_FILE or AGAIN; path) of what is left out.
+        skip: called with (HIDDEN or another kind; path; a sentence that says what is wrong with it,
+            None where nothing is) of what is left out.
 
     Yields:
         Paths that begin with `folder`.
-
-    Raises:
-        OSError: a folder cannot be read.
     """
     seen = {
         _identity(parent) for parent in (*_parents(folder), *_parents(os.path.realpath(folder)))
@@ -189,21 +261,61 @@ def find_images(folder, skip):
         if not to_read:
             yield path
             continue
-        if _identity(path) in seen:
-            skip(AGAIN, path)
+        try:
+            identity, entries = _identity(path), sorted_entries(path)
+        except OSError as error:
+            skip(UNREADABLE, path, f"this folder cannot be read: {cause(error)}")
             continue
-        seen.add(_identity(path))
-        for entry in reversed(sorted_entries(path)):
+        if identity in seen:
+            skip(AGAIN, path, None)
+            continue
+        seen.add(identity)
+        found = []
+        for entry in entries:
             if entry.name.startswith("."):
-                skip(HIDDEN, entry.path)
+                skip(HIDDEN, entry.path, None)
             elif is_folder(entry):
-                stack.append((entry.path, True))
-            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                skip(NO_IMAGE, entry.path)
+                if is_system_folder(entry.name):
+                    skip(SYSTEM, entry.path, None)
+                else:
+                    found.append((entry.path, True))
+            elif not is_image_name(entry.name):
+                skip(NO_IMAGE, entry.path, None)
             elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
-                stack.append((entry.path, False))
+                found.append((entry.path, False))
             else:
-                skip(NO_FILE if os.path.exists(entry.path) else DEAD_LINK, entry.path)
+                skip(*broken(entry.path))
+        stack.extend(reversed(found))
+
+
+def broken(path):
+    """(kind, path, sentence) of what is neither a file nor a folder, as for find_images's skip."""
+    if os.path.exists(path):
+        return NO_FILE, path, "this is neither a file nor a folder"
+    return DEAD_LINK, path, "this link leads nowhere"
+
+
+@contextlib.contextmanager
+def only_pixels():
+    """In here Pillow reads of a PNG what decides its pixels, and passes over texts and profiles.
+
+    It would refuse the image for one that is long, or many megabytes long when it is unpacked.
+    """
+    from PIL import PngImagePlugin
+
+    stream = PngImagePlugin.PngStream
+    PngImagePlugin.PngStream = _without_readers(stream)
+    try:
+        yield
+    finally:
+        PngImagePlugin.PngStream = stream
+
+
+@functools.lru_cache(None)
+def _without_readers(stream):
+    chunks = ("tEXt", "zTXt", "iTXt", "iCCP", "gAMA", "cHRM", "sRGB", "pHYs")
+    # A chunk whose reader raises AttributeError is passed over.
+    return type(stream.__name__, (stream,), {f"chunk_{name}": property() for name in chunks})
 
 
 def _identity(folder):
@@ -222,9 +334,9 @@ def is_folder(entry):
 
 
 def sorted_entries(folder):
-    """The entries of os.scandir by name."""
+    """The entries of os.scandir by the bytes of their names, in any locale alike."""
     with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+        return sorted(entries, key=lambda entry: os.fsencode(entry.name))
 
 
 # --- what a program prints ---

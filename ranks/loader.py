@@ -6,8 +6,10 @@ with contextlib.closing(build_loader(dataset, sampler, num_workers, image_size))
 """
 
 import contextlib
+import errno
 import functools
 import gc
+import multiprocessing
 import os
 import signal
 import time
@@ -124,11 +126,12 @@ def build_loader(dataset, sampler, num_workers, image_size, ranks_on_host=1):
         ranks_on_host: how many ranks share this host's memory.
 
     Raises:
-        DataError: the shared memory through which workers pass batches is too small; while
-            iterating, an image cannot be read.
+        DataError: this system has no semaphores, or the shared memory through which workers pass
+            batches is too small; while iterating, an image cannot be read.
     """
     num_workers = min(num_workers, len(sampler))  # a worker without a batch is only a cost
     if num_workers:
+        require_semaphores()
         batches = num_workers * (_PREFETCH + 1) * ranks_on_host
         require_shared_memory(batches * sampler.batch_size * 3 * image_size**2)
     loader = paddle.io.DataLoader(
@@ -151,6 +154,19 @@ def _start_worker(parent, worker_id):
     # to the whole process group.
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
+
+
+def require_semaphores():
+    """Raises DataError where there are none, as with a /dev/shm that is read-only or missing."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise DataError(
+            f"the loader workers need semaphores, which live in /dev/shm: {cause(error)}: mount "
+            "/dev/shm writable, or take -num_workers 0, which needs none"
+        ) from error
 
 
 def require_shared_memory(num_bytes, folder="/dev/shm"):

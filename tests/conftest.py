@@ -1,6 +1,7 @@
 """Fixtures and paths that several test files use."""
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -98,3 +99,18 @@ def environment(monkeypatch):
         if name.startswith("PADDLE_") or name in ("CUDA_VISIBLE_DEVICES", REPORT_PIPE):
             monkeypatch.delenv(name)
     return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Has a folder refuse to be read, by root too."""
+    scandir, refused = os.scandir, {}
+
+    def refuse(path="."):
+        if str(path) in refused:
+            number = refused[str(path)]
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return lambda path, number=errno.EACCES: refused.update({str(path): number})

@@ -1,14 +1,19 @@
 """List files, samplers and loaders: every image once, no randomness but the seed's."""
 
+import errno
 import io
 import itertools
+import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
+import zlib
 from types import SimpleNamespace
 
 import fuzz_inputs
@@ -16,7 +21,7 @@ import numpy as np
 import paddle
 import preloaded
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from processes import HANG_SECONDS, is_running, parent_of, process_ids, wait_for
 from program import ROOT
 
@@ -142,6 +147,23 @@ def test_a_wrong_line_is_named(tmp_path, content, line, part):
     assert part in message
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_list_in_utf_16_says_so(tmp_path, encoding):
+    message = refusal(read_list, tmp_path, "\ufeffa.JPEG 0\n".encode(encoding))
+    name = encoding[:6].upper()
+    assert f"val_list.txt:1: this list is {name} text: save it as UTF-8 (iconv -f {name}" in message
+
+
+def test_a_lists_bytes_are_the_files_name_where_there_is_one(tmp_path):
+    name = "狗.JPEG".encode("gbk")
+    message = refusal(read_list, tmp_path, name + b" 0\n")
+    assert "not UTF-8 text, and no file has its bytes for a name" in message
+    with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+        file.write(png())
+    (tmp_path / "val_list.txt").write_bytes(name + b" 0\n")
+    assert dataset_of(tmp_path).read(0).size == (40, 30)
+
+
 def test_all_wrong_lines_can_be_collected_and_the_others_keep_their_numbers(tmp_path):
     lines = [
         b"a.JPEG 0",
@@ -232,6 +254,38 @@ def test_a_path_with_control_characters_is_quoted_in_its_message(tmp_path):
     for index, quoted in enumerate([r"nul\x00.JPEG'", r"a\rb\x1b[31m'"]):
         message = refusal(dataset.read, index)
         assert message.isprintable() and quoted in message
+
+
+def png_with(kind, content, at_end=False):
+    """A picture's PNG with one more chunk, before its pixels or after them."""
+    data = png()
+    chunk = struct.pack(">I", len(content)) + kind + content
+    chunk += struct.pack(">I", zlib.crc32(kind + content))
+    place = data.index(b"IEND") - 4 if at_end else data.index(b"IDAT") - 4
+    return data[:place] + chunk + data[place:]
+
+
+LONG = zlib.compress(bytes(80_000_000))
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(b"zTXt", b"k\0\0" + LONG), (b"iTXt", b"k\0\1\0\0\0" + LONG), (b"iCCP", b"k\0\0" + LONG),
+     (b"tEXt", b"k\0" + bytes(70_000_000)), (b"pHYs", b"1"), (b"sRGB", b"")],
+)  # fmt: skip
+def test_a_png_is_its_pixels_whatever_else_is_in_it(tmp_path, kind, content, at_end):
+    (tmp_path / "a.png").write_bytes(png_with(kind, content, at_end))
+    (tmp_path / "val_list.txt").write_text("a.png 0\n")
+    readers = dict(vars(PngImagePlugin.PngStream))
+    expected = np.asarray(Image.open(io.BytesIO(png())))
+    tracemalloc.start()
+    image = dataset_of(tmp_path).read(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(np.asarray(image), expected)
+    assert peak < 3 * len(content) + 5_000_000  # what the file has, never what it unpacks to
+    assert dict(vars(PngImagePlugin.PngStream)) == readers  # Pillow is as it was
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 10_000)])  # Pillow warns, Pillow raises
@@ -619,6 +673,17 @@ def test_too_little_shared_memory_is_said_before_a_worker_dies(tmp_path):
     assert "--shm-size" in message and "-num_workers 0" in message
     require_shared_memory(1, str(tmp_path))
     require_shared_memory(1 << 60, str(tmp_path / "no such folder"))
+
+
+def test_without_semaphores_workers_are_refused_and_this_process_still_loads(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(multiprocessing.get_context("fork"), "Lock", fail)
+    dataset, sampler = dataset_of(folder), EvalSampler(11, 4, 0, 1)
+    message = refusal(build_loader, dataset, sampler, 2, SIZE)
+    assert "/dev/shm: Read-only file system" in message and "-num_workers 0" in message
+    assert len(list(build_loader(dataset, sampler, 0, SIZE))) == 3
 
 
 def test_a_loader_asks_for_the_memory_of_its_workers_on_all_ranks(folder, monkeypatch):

@@ -163,12 +163,80 @@ def test_links_loops_hidden_files_and_what_is_no_image(flat, tmp_path):
         ("dog/pipe.png", "this is neither a file nor a folder"),
     ):
         assert f"warning: {flat}/{path}: {reason}: left out\n" in result.err
+    assert f"make_lists.py: left out: 3 (hidden): {flat}/.git, {flat}/dog/._a.JPG" in result.err
+    assert f"(without an image's suffix): {flat}/dog/Thumbs.db, {flat}/dog/a.txt\n" in result.err
     counts = result.out.splitlines()[1]
     assert sorted(counts.removeprefix("left out: ").split("), ")) == sorted([
         "3 (hidden", "2 (without an image's suffix", "3 (links that lead nowhere",
         "1 (neither files nor folders", "1 (outside the class folders)",
         "3 (links to a folder above or one that was read already",
     ])  # fmt: skip
+
+
+def test_names_of_what_is_left_out_are_a_few(flat):
+    for number in range(9):
+        (flat / "cat" / f"{number}.txt").touch()
+    err = made(flat).check().err
+    assert f"left out: 9 (without an image's suffix): {flat}/cat/0.txt, {flat}/cat/1.txt, " in err
+    assert err.endswith(", ...\n") and err.count(".txt") == 3
+
+
+def test_folders_of_a_system_are_no_classes_and_give_no_images(flat, split):
+    for root in (flat, split, split / "train", split / "val"):
+        for name in ("lost+found", "@eaDir"):
+            images(root / name, "thumb.png")
+    images(flat / "cat" / "@eaDir", "thumb.png")
+    images(split / "train" / "n01" / "__MACOSX", "thumb.png")
+    for root, names, count in ((flat, ["Bird", "cat", "dog"], 3), (split, ["n01", "n02"], 5)):
+        result = made(root).check()
+        assert classes(root) == names
+        assert f"left out: {count} (folders that a system makes)\n" in result.out
+        assert not [path for path, _ in read(root, "train") + read(root, "val") if "thumb" in path]
+        assert "neither train nor val" not in result.err
+
+
+def test_folders_that_cannot_be_read_are_named_and_left_out(flat, unreadable):
+    images(flat / "dog" / "closed", "x.png")
+    images(flat / "secret", "x.png")
+    unreadable(flat / "dog" / "closed")
+    unreadable(flat / "secret")
+    result = made(flat).check()
+    assert classes(flat) == ["Bird", "cat", "dog"]
+    for path in ("dog/closed", "secret"):
+        sentence = "this folder cannot be read: Permission denied: left out"
+        assert f"warning: {flat}/{path}: {sentence}\n" in result.err
+    assert "left out: 2 (folders that cannot be read)\n" in result.out
+    unreadable(flat)
+    made(flat, "-force").refused(2, f"{flat}: Permission denied")
+
+
+def test_classes_that_are_whole_numbers_are_labelled_by_value(tmp_path):
+    for number in range(12):
+        images(tmp_path / str(number), "1.png", "2.png")
+    result = made(tmp_path).check()
+    assert classes(tmp_path) == [str(number) for number in range(12)]
+    assert all(path.split("/")[0] == str(label) for path, label in read(tmp_path, "train"))
+    said = "label 2 is class 2, which in the order of strings would be class 10 (-string_order)"
+    assert said in result.err
+    result = made(tmp_path, "-force", "-string_order").check()
+    assert classes(tmp_path) == sorted(map(str, range(12))) and result.err == ""
+    (tmp_path / "11").rename(tmp_path / "eleven")  # names, of which some look like numbers
+    assert made(tmp_path, "-force").check().err == ""
+    assert classes(tmp_path) == [*sorted(map(str, range(11))), "eleven"]
+
+
+def test_whole_numbers_of_one_length_say_nothing_and_those_of_both_folders_agree(tmp_path):
+    for part in ("train", "val"):
+        for name in ("0000", "0009", "0010"):
+            images(tmp_path / part / name, f"{part}.png")
+    assert made(tmp_path).check().err == ""
+    for part in ("train", "val"):
+        (tmp_path / part / "0010").rename(tmp_path / part / "7")
+    assert "label 1 is class 7, which" in made(tmp_path, "-force").check().err
+    assert classes(tmp_path) == ["0000", "7", "0009"]
+    for part in ("train", "val"):
+        assert [label for _, label in read(tmp_path, part)] == [0, 1, 2]
+        assert [path.split("/")[1] for path, _ in read(tmp_path, part)] == ["0000", "7", "0009"]
 
 
 @pytest.mark.parametrize("name", ["a b", "日本", "x\r y", "tab\tbed", "1 2", "#", "'\"", "a\x0bb"])

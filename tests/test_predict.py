@@ -13,11 +13,11 @@ import paddle
 import pytest
 import yaml
 from paddle.nn import functional as F
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
 from tools import make_lists, predict, sheet
-from config import get_config
+from config import ConfigError, get_config
 from datasets import EvalSampler, build_dataset
 from ranks.loader import build_loader
 from training import evaluate
@@ -109,7 +109,10 @@ def test_the_probabilities_are_those_of_the_evaluation(model, predicted, few_dig
 def test_a_user_runs_it_on_a_folder(model, folder):
     result = run([sys.executable, TOOL, *model, "-topk", 2, folder]).check()
     lines = result.out.splitlines()
-    assert result.err == ""
+    assert result.err.splitlines() == [
+        f"predict.py: left out: 1 (hidden): {folder}/.hidden.png",
+        f"predict.py: left out: 1 (without an image's suffix): {folder}/notes.txt",
+    ]
     assert lines[::3] == in_folder(folder)
     for line in lines[1::3] + lines[2::3]:
         percent, label = line.split()
@@ -172,7 +175,7 @@ def test_a_broken_image_is_named_and_the_others_are_predicted(predicted, folder)
         for row, wanted in zip(found, expected):
             assert labels(row) == labels(wanted)
             assert probabilities(row) == pytest.approx(probabilities(wanted), rel=1e-4)
-        first, second, third, fourth = result.err.splitlines()
+        *_, first, second, third, fourth = result.err.splitlines()
         assert f"cannot read {folder}/2/dead.jpg: this link leads nowhere" in first + second
         assert f"cannot read {folder}/2/pipe.jpg: this is neither a file" in first + second
         assert third.startswith(f"predict.py: cannot read {folder}/1/digit.png: cannot identify")
@@ -199,10 +202,55 @@ def test_paths_are_files_folders_and_patterns_each_image_once(predicted, folder,
     assert found("0") == ["0/digit.png"]
 
 
+def test_suffixes_that_pillow_reads_count_and_what_it_cannot_is_counted(predicted, tmp_path):
+    image = Image.open(PHOTOS / "odd_257x300.jpg")
+    for name in ("a.jfif", "b.BMP", "c.tga", "d.jpe"):
+        image.save(tmp_path / name)
+    (tmp_path / "e.heic").touch()
+    (tmp_path / "f.mp4").touch()
+    for path in (tmp_path, tmp_path / "*"):
+        result = predicted("-format", "jsonl", path).check()
+        assert [row["path"][-6:] for row in rows(result)] == [
+            "a.jfif",
+            "/b.BMP",
+            "/c.tga",
+            "/d.jpe",
+        ]
+        assert "left out: 2 (without an image's suffix): " in result.err and "e.heic" in result.err
+
+
+def test_what_is_missing_or_closed_or_a_systems_does_not_stop_the_others(
+    predicted, folder, unreadable
+):
+    (folder / "3" / "@eaDir").mkdir()
+    (folder / "3" / "@eaDir" / "x.png").write_bytes((folder / "0" / "digit.png").read_bytes())
+    unreadable(folder / "1")
+    gone = folder / "gone.jpg"
+    result = predicted("-format", "jsonl", gone, folder / "1", folder / "2", folder / "3")
+    assert result.status == 1
+    assert [row["path"] for row in rows(result)] == in_folder(folder)[2:4]
+    assert f"predict.py: {gone}: no such file or folder\n" in result.err
+    closed = f"cannot read {folder}/1: this folder cannot be read: Permission denied\n"
+    assert f"predict.py: {closed}" in result.err
+    left_out = f"left out: 1 (folders that a system makes): {folder}/3/@eaDir\n"
+    assert left_out in result.err
+    result = predicted("-format", "jsonl", folder / "3" / "**").check()
+    assert [row["path"] for row in rows(result)] == [f"{folder}/3/digit.png"]
+    assert len(rows(predicted("-format", "jsonl", folder / "3" / "@eaDir" / "*").check())) == 1
+    predicted(folder / "1").refused(2, closed)
+    predicted(gone, folder / "1").refused(2, f"{gone}: no such file or folder\n", closed)
+
+
+def test_weights_among_the_images_are_those_of_a_pattern_for_another_flag(model, folder):
+    words = [*model, model[3], folder]
+    result = run_tool(predict, *words)
+    result.refused(2, f"{model[3]}: this is no image", "did a pattern match several?")
+
+
 def test_a_reader_that_leaves_early_ends_it_quietly(model, folder):
     quoted = " ".join(f'"{word}"' for word in [sys.executable, TOOL, *model])
     result = run(["sh", "-c", f'{quoted} -batch_size 1 -format jsonl "{folder}" | head -n 1'])
-    assert result.err == "" and len(rows(result)) == 1
+    assert "left out" in result.err and result.err.count("\n") == 2 and len(rows(result)) == 1
 
 
 def test_each_batch_is_flushed(model, folder, monkeypatch):
@@ -245,6 +293,15 @@ def test_names_are_a_line_per_class(tmp_path):
     assert predict.read_classes(None, 3) == [("0", None), ("1", None), ("2", None)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32", "gbk"])
+def test_names_that_are_not_utf_8_are_refused(tmp_path, encoding):
+    text = "猫\n狗\n" if encoding in ("gbk", "utf-32") else "\ufeff猫\n狗\n"
+    (tmp_path / "names.txt").write_bytes(text.encode(encoding))
+    what = "not UTF-8 text" if encoding == "gbk" else f"{encoding[:6].upper()} text: save it as"
+    with pytest.raises(ConfigError, match=f"names.txt: this file of names is {what}"):
+        predict.read_classes(tmp_path / "names.txt", 2)
+
+
 def test_the_classes_of_make_lists_are_names(predicted, folder, tmp_path):
     for label in range(5, 10):
         (folder / f"x {label}").mkdir()
@@ -267,23 +324,40 @@ def test_a_sheet_shows_the_images_above_their_classes(predicted, folder, tmp_pat
             monkeypatch.setattr(sheet, "_default_font", lambda fonts, default=default: default())
         result = predicted("-names", names, "-plot", picture, folder).check()
         assert f"{picture}: shows the first 3 images; 2 more are left out" in result.err
+        assert f"{picture}: its font has no '\u65e5': give one that has by -font FILE" in result.err
         with Image.open(picture) as image:
             found = np.asarray(image.convert("L"))
         side, gap = sheet._SIDE, sheet._GAP
-        width, height = side + gap, side + 3 * 20 + 2 * gap  # of a cell
+        width, height = side + gap, side + 4 * 20 + 2 * gap  # of a cell
         assert found.shape == (2 * height + gap, 2 * width + gap)
         for label, (x, y) in enumerate([(gap, gap), (gap + width, gap), (gap, gap + height)]):
             with Image.open(folder / str(label) / "digit.png") as image:
                 pixels = np.asarray(image.convert("L")).repeat(8, 0).repeat(8, 1)
             assert np.array_equal(found[y : y + side, x : x + side], pixels)
             text = found[y + side : y + height - gap, x : x + side]
-            for line in range(3):
+            for line in range(4):  # three classes and the file
                 assert (text[6 + 20 * line : 26 + 20 * line] < 200).any()
         assert (found[:, -gap:] == 255).all()  # long names are cut
         assert (found[height + gap :, width + gap :] == 255).all()  # there is no fourth image
         predicted("-plot", picture, folder).refused(2, f"{picture}: is there already")
         picture.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my digits", "names.txt"]
+
+
+def test_below_an_image_stands_the_end_of_its_path(predicted, folder, tmp_path, monkeypatch):
+    drawn = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "text",
+        lambda self, place, t, *a: (drawn.append(t), text(self, place, t, *a)),
+    )
+    result = predicted("-topk", 1, "-plot", tmp_path / "a.png", folder / "0", folder / "1").check()
+    assert [len(drawn), result.err] == [4, ""]
+    for path in drawn[1::2]:
+        assert path.startswith("...") and path.endswith(
+            f"/my digits/{drawn.index(path) // 2}/digit.png"
+        )
 
 
 def test_a_picture_that_cannot_be_written(predicted, folder, tmp_path, monkeypatch):

@@ -6,15 +6,18 @@
 Two layouts: DIR/train/CLASS/... beside DIR/val/CLASS/..., or DIR/CLASS/... alone, of which each
 class gives -val_fraction of its images to validation.  Writes train_list.txt, val_list.txt and
 classes.txt (the classes' names in the order of their labels, for predict.py's -names) into DIR: all
-three or none.  Labels are the ranks of the sorted class names, as ImageNet's are.
+three or none.  Labels are the ranks of the sorted class names, as ImageNet's are; where all names
+are whole numbers they are sorted as numbers, as timm does, unless -string_order is given.
 
 The split is a function of -seed and the images' paths in DIR, so it is the same on every machine,
-and images that come later move few others.  Hidden files and files without an image's suffix are
-left out and counted; links are followed, each folder once.  Exit status: 0, 1 for what failed while
-running, 2 for what was asked wrongly.
+and images that come later move few others.  Images are what Pillow can read here, by the suffix.
+Hidden files, other files, folders that a system makes (@eaDir, lost+found, ...) and folders that
+cannot be read are left out, counted and named; links are followed, each folder once.
+
+An EXIF orientation in an image is ignored when it is read, as in timm.  Exit status: 0, 1 for what
+failed while running, 2 for what was asked wrongly.
 """
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -28,12 +31,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # also 
 from tools import common
 from config import ConfigError
 from utils import (
-    BROKEN,
-    DEAD_LINK,
     HIDDEN,
-    IMAGE_SUFFIXES,
+    SYSTEM,
+    UNREADABLE,
+    broken,
     find_images,
     is_folder,
+    is_system_folder,
     new_file,
     progress_bar,
     show_path,
@@ -47,7 +51,7 @@ _OUTSIDE = "outside the class folders"
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add(
         "-data_path",
@@ -62,6 +66,11 @@ def build_parser():
         help="share of each class that validation gets where there is no val folder (default 0.1)",
     )
     add("-seed", metavar="N", type=int, default=0, help="of the split (default 0)")
+    add(
+        "-string_order",
+        action="store_true",
+        help="label whole numbers in the order of strings too (10 before 2)",
+    )
     add("-force", action="store_true", help="replace lists that are there already")
     return parser
 
@@ -73,33 +82,59 @@ def work(args):
     if fraction is not None and not 0 < fraction < 1:
         raise ConfigError(f"-val_fraction is {fraction}, it must be above 0 and below 1")
     _require_new(root, args.force)
-    tally = common.Tally("make_lists.py: warning: ")
+    tally, left_out = common.Tally("make_lists.py: warning: "), common.LeftOut()
 
-    def skip(what, path):
-        tally.add(what, f"{show_path(path)}: {BROKEN[what]}: left out" if what in BROKEN else None)
+    def skip(kind, path, problem):
+        left_out.add(kind, path)
+        if problem:
+            tally.say(f"{show_path(path)}: {problem}: left out")
 
-    names, splits = read_classes(root, fraction, args.seed, skip, tally.say)
+    sort = sort_strings if args.string_order else sort_names
+    names, splits = read_classes(root, fraction, args.seed, sort, skip, tally.say)
     require_lines(root, names, splits)
     texts = {CLASSES: "".join(f"{name}\n" for name in names)}
     for split, classes in splits.items():
         images = ((path, label) for label, paths in enumerate(classes) for path in paths)
         texts[f"{split}_list.txt"] = "".join(f"{path} {label}\n" for path, label in images)
-    write_files(root, {name: texts[name] for name in _FILES})
+    # The bytes that the file system has, whatever the locale makes of them.
+    write_files(root, {name: os.fsencode(texts[name]) for name in _FILES})
+    moved = [pair for pair in enumerate(zip(names, sort_strings(names))) if len({*pair[1]}) > 1]
+    if moved:
+        label, (name, other) = moved[0]
+        tally.say(
+            f"all classes are whole numbers, sorted by value: label {label} is class {name}, which "
+            f"in the order of strings would be class {other} (-string_order)"
+        )
+    for sentence in left_out.sentences():
+        print(f"make_lists.py: {sentence}", file=sys.stderr)
     train, val = (sum(map(len, splits[split])) for split in ("train", "val"))
     print(f"train_list.txt {train:,} images, val_list.txt {val:,} images, classes: {len(names):,}")
-    if tally.counts:
-        print("left out: " + ", ".join(f"{n:,} ({what})" for what, n in tally.counts.items()))
+    if left_out.counts:
+        print("left out: " + ", ".join(f"{n:,} ({kind})" for kind, n in left_out.counts.items()))
     command = ["python", "tools/check_dataset.py", "-data_path", root]
     print("next: " + shlex.join([*command, "-num_classes", str(len(names))]))
 
 
-def read_classes(root, fraction, seed, skip, warn):
+def sort_strings(names):
+    """Names by their bytes, in any locale alike."""
+    return sorted(names, key=os.fsencode)
+
+
+def sort_names(names):
+    """Names as sort_strings has them; by value where all are whole numbers."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sort_strings(names)
+
+
+def read_classes(root, fraction, seed, sort, skip, warn):
     """The classes of a data set in either layout.
 
     Args:
         root: the data set's folder.
         fraction: what validation gets of each class of a data set without a val folder; None: 0.1.
         seed: of that split.
+        sort: sort_names or sort_strings.
         skip: see utils.find_images.
         warn: called with sentences.
 
@@ -114,20 +149,20 @@ def read_classes(root, fraction, seed, skip, warn):
     both = os.path.isdir(train) and os.path.isdir(val)
     if not both:
         for folder, other in ((train, val), (val, train)):
-            if os.path.isdir(folder) and any(map(is_folder, sorted_entries(folder))):
+            if os.path.isdir(folder) and any(map(_may_be_class, sorted_entries(folder))):
                 raise ConfigError(
                     f"{root}: has folders in {folder}, but no {other}: give -data_path {folder} to "
                     "split that one, or add the other"
                 )
-        return _split(_read_folders(root, skip), root, fraction or 0.1, seed, warn)
+        return _split(_read_folders(root, skip), root, fraction or 0.1, seed, sort, warn)
     if fraction is not None:
         raise ConfigError(f"{val}: validation has a folder of its own: leave -val_fraction out")
     for entry in sorted_entries(root):
-        if entry.name not in ("train", "val") and is_folder(entry):
+        if entry.name not in ("train", "val") and _may_be_class(entry):
             warn(f"{show_path(entry.path)}: left out, as it is neither train nor val")
     images = {"train": _read_folders(train, skip), "val": _read_folders(val, skip)}
-    names = sorted(images["train"])
-    unknown = sorted(set(images["val"]) - set(names))
+    names = sort(images["train"])
+    unknown = sort_strings(set(images["val"]) - set(names))
     if unknown:
         more = f" (and {len(unknown) - 1:,} more)" if unknown[1:] else ""
         raise ConfigError(
@@ -144,16 +179,27 @@ def read_classes(root, fraction, seed, skip, warn):
 
 def _read_folders(folder, skip):
     """Class names to sorted lists of image paths, for the folders in a folder."""
-    classes = {}
+    classes, unreadable = {}, set()
+
+    def skip_and_note(kind, path, problem):
+        skip(kind, path, problem)
+        if kind == UNREADABLE:
+            unreadable.add(path)
+
     entries = sorted_entries(folder)
     for entry in progress_bar(entries, len(entries), folder, unit="class"):
-        if entry.name.startswith("."):
-            skip(HIDDEN, entry.path)
+        if _may_be_class(entry):
+            images = list(find_images(entry.path, skip_and_note))
+            if entry.path not in unreadable:
+                classes[entry.name] = images
+        elif entry.name.startswith("."):
+            skip(HIDDEN, entry.path, None)
         elif is_folder(entry):
-            classes[entry.name] = list(find_images(entry.path, skip))
+            skip(SYSTEM, entry.path, None)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            skip(*broken(entry.path))
         elif entry.name not in _FILES:
-            dead = entry.is_symlink() and not os.path.exists(entry.path)
-            skip(DEAD_LINK if dead else _OUTSIDE, entry.path)
+            skip(_OUTSIDE, entry.path, None)
     if not classes:
         raise ConfigError(
             f"{folder}: has no class folders: it needs one folder per class with its images "
@@ -164,9 +210,14 @@ def _read_folders(folder, skip):
         more = f" (and {len(empty) - 1:,} more)" if empty[1:] else ""
         raise ConfigError(
             f"{show_path(os.path.join(folder, empty[0]))}{more}: no image in this class's folder: "
-            f"add some ({', '.join(IMAGE_SUFFIXES)}), or move it away"
+            "add some (.jpg, .png and what else Pillow reads), or move it away"
         )
     return classes
+
+
+def _may_be_class(entry):
+    """Whether an entry of os.scandir is a folder that a person made."""
+    return not entry.name.startswith(".") and is_folder(entry) and not is_system_folder(entry.name)
 
 
 def _relative(paths, root):
@@ -174,13 +225,13 @@ def _relative(paths, root):
     return [path[start:] for path in paths]
 
 
-def _split(classes, root, fraction, seed, warn):
+def _split(classes, root, fraction, seed, sort, warn):
     """As read_classes: each class's share to val, at least one image where there are two."""
 
     def draw(path):
         return hashlib.sha256(os.fsencode(f"{seed}/{path}")).digest()
 
-    names = sorted(classes)
+    names = sort(classes)
     train, val = [], []
     for name in names:
         paths = _relative(classes[name], root)
@@ -213,9 +264,10 @@ def require_lines(root, names, splits):
 def _why_no_line(name):
     """What keeps a path, or a class's name, from a line of its own; None where nothing does."""
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8"
+        name = os.fsencode(name).decode()
+    except UnicodeDecodeError:
+        if not name.isprintable():  # is no text in this locale either
+            return "its name is not UTF-8"
     if "\n" in name:
         return "there is a line end in its name"
     # "\ufeff" at a file's start is a byte order mark.
@@ -240,7 +292,7 @@ def write_files(folder, texts):
 
     Args:
         folder: where.
-        texts: file names to contents, in the order in which they appear.
+        texts: file names to contents in bytes, in the order in which they appear.
 
     Raises:
         OSError: with the path; what was new is removed again.
@@ -251,7 +303,7 @@ def write_files(folder, texts):
         with contextlib.ExitStack() as files:  # which get their names at its end, last one first
             for path, text in reversed(paths.items()):
                 temporary = files.enter_context(new_file(path))
-                with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                with open(temporary, "wb") as file:
                     file.write(text)
                     file.flush()
                     os.fsync(file.fileno())

@@ -6,8 +6,10 @@
         -topk 3 -format csv -plot digits.png data/digits/val 'scans/*.png'
 
 A PATH is an image, a folder (its images and those of the folders in it, sorted by name) or a
-pattern.  Images are read, cropped and normalized as -eval does it, so these are the probabilities
-behind its accuracy.  They are printed batch by batch:
+pattern.  In folders and patterns, images are what Pillow can read here, by the suffix; the rest is
+counted on stderr.  Images are read, cropped and normalized as -eval does it (an EXIF orientation is
+ignored, as in timm), so these are the probabilities behind its accuracy.  They are printed batch by
+batch:
 
     table   a line with the path, then a line per class: probability, label, name
     jsonl   an object per image: {"path": ..., "top": [{"label": ..., "name": ..., "synset": ...,
@@ -24,7 +26,6 @@ other models go by their labels.  Exit status: 0; 1 where an image could not be 
 else failed while running; 2 for what was asked wrongly.
 """
 
-import argparse
 import contextlib
 import csv
 import glob
@@ -43,15 +44,17 @@ from config import ConfigError, get_config, update_config
 from ranks import host
 from tools.sheet import PLOT_IMAGES, Sheet
 from utils import (
-    BROKEN,
-    DEAD_LINK,
-    IMAGE_SUFFIXES,
-    NO_FILE,
+    NO_IMAGE,
+    SYSTEM,
     DataError,
+    broken,
     cause,
     find_images,
+    is_image_name,
+    is_system_folder,
     progress_bar,
     show_path,
+    wide_text,
 )
 from weights import load_into
 
@@ -64,7 +67,7 @@ _IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "im
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("-cfg", metavar="YAML", required=True, help="the model")
     add("-pretrained", metavar="FILE", required=True, help="its weights")
@@ -180,13 +183,18 @@ def read_classes(path, count):
 def _read_names(path):
     """The lines of a file of names, stripped, without empty ones at the end."""
     try:
-        # Only "\n" ends a line: names of folders may hold any other character.
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            names = [line.strip() for line in file]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: this file of names is not UTF-8 text") from error
+        data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(f"{path}: cannot read this file of names: {cause(error)}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = os.fsdecode(data)  # as make_lists.py writes the names of folders in another locale
+        what = wide_text(data) or (re.search("[\udc80-\udcff]", text) and "not UTF-8 text")
+        if what:
+            raise ConfigError(f"{path}: this file of names is {what}") from error
+    # Only "\n" ends a line: names of folders may hold any other character.
+    names = [line.strip() for line in text.split("\n")]
     while names and not names[-1]:
         names.pop()
     if "" in names:
@@ -200,46 +208,66 @@ def find_paths(arguments, tally):
     Args:
         arguments: files of any name; folders, and patterns of glob for files and folders, which
             mean the files with the suffix of an image.
-        tally: a common.Tally, for the links in a folder that lead nowhere.
+        tally: a common.Tally, for what cannot be read, and for what is left out.
 
     Raises:
-        ConfigError: an argument is not there, or no image is in it.
+        ConfigError: there is no image, or an argument belongs to another flag.
     """
-    paths = {}
+    paths, wrong, seen, left_out = {}, [], set(), common.LeftOut()
+
+    def skip(kind, path, problem):
+        if path in seen:  # by another pattern
+            return
+        seen.add(path)
+        if problem:
+            wrong.append(f"cannot read {show_path(path)}: {problem}")
+        else:
+            left_out.add(kind, path)
+
     for argument in arguments:
-        if os.path.isfile(argument):
-            paths[argument] = None
-            continue
-        is_folder = os.path.isdir(argument)
-        if os.path.lexists(argument) and not is_folder:
-            raise ConfigError(f"{show_path(argument)}: this is neither a file nor a folder")
-        matches = [argument] if is_folder else sorted(glob.glob(argument, recursive=True))
-        if not matches:
-            raise ConfigError(f"{show_path(argument)}: no such file or folder")
-        found = [path for match in matches for path in _images_at(match, tally)]
-        if not found:
-            raise ConfigError(
-                f"{show_path(argument)}: no image is there ({', '.join(IMAGE_SUFFIXES)})"
-            )
+        count = len(wrong)
+        found = list(_images_of(argument, skip))
         paths.update(dict.fromkeys(found))
+        if not found and len(wrong) == count:
+            there = os.path.exists(argument) or glob.glob(argument, recursive=True)
+            what = "no image is there" if there else "no such file or folder"
+            wrong.append(f"{show_path(argument)}: {what}")
+    for sentence in left_out.sentences():
+        tally.say(sentence)
+    last = wrong.pop() if not paths else None
+    for sentence in wrong:
+        tally.add("problems", sentence)
+    if last:
+        raise ConfigError(last)
     return list(paths)
 
 
-def _images_at(path, tally):
-    """The images in a folder, or a file itself where it has an image's suffix."""
+def _images_of(argument, skip):
+    """The images of one PATH; `skip` as for utils.find_images."""
+    if os.path.isfile(argument):
+        if argument.lower().endswith(_NOT_OF_PATH):
+            raise ConfigError(
+                f"{show_path(argument)}: this is no image, and -pretrained and -cfg take one file "
+                "each: did a pattern match several?"
+            )
+        yield argument
+        return
+    known = {argument} if os.path.lexists(argument) else glob.glob(argument, recursive=True)
+    for path in sorted(known, key=os.fsencode):
+        new = set(Path(path).parts) - set(Path(argument).parts)  # what the pattern has found
+        if any(map(is_system_folder, new)):
+            skip(SYSTEM, path, None)
+        elif os.path.isdir(path):
+            yield from find_images(path, skip)
+        elif path != argument and not is_image_name(path):
+            skip(NO_IMAGE, path, None)
+        elif os.path.isfile(path):
+            yield path
+        else:
+            skip(*broken(path))
 
-    def skip(what, skipped):
-        if what in BROKEN:
-            tally.add("problems", f"cannot read {show_path(skipped)}: {BROKEN[what]}")
 
-    if os.path.isdir(path):
-        return list(find_images(path, skip))
-    if not path.lower().endswith(IMAGE_SUFFIXES):
-        return []
-    if not os.path.isfile(path):
-        skip(NO_FILE if os.path.exists(path) else DEAD_LINK, path)
-        return []
-    return [path]
+_NOT_OF_PATH = (".pdparams", ".safetensors", ".yaml", ".yml")
 
 
 def load_model(config, path, note):
@@ -391,6 +419,8 @@ def predict(model, config, paths, classes, k, tally):
                 choices = [
                     Choice(i, *classes[i], probabilities[row, i]) for i in order[row].tolist()
                 ]
+                with contextlib.suppress(UnicodeDecodeError):  # not what another locale makes of it
+                    path = os.fsencode(path).decode()
                 predictions.append(Prediction(path, pixels[row], choices))
             yield count, predictions
 

@@ -1,11 +1,11 @@
-"""A picture of images with their classes below them, for predict.py's -plot."""
+"""A picture of images with their classes and files below them, for predict.py's -plot."""
 
 import io
 import math
 import os
 
 from config import ConfigError
-from utils import new_file
+from utils import new_file, show
 
 _PLOT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 PLOT_IMAGES = 64
@@ -13,10 +13,12 @@ _PLOT_COLUMNS = 8
 _PLOT_LINES = 3  # classes below an image
 _SIDE, _GAP = 224, 12  # pixels of an image in the picture, and around it
 _FONT_SIZE = 15
+_PATH_COLOR = "#2b6cb0"
+_NO_CHARACTER = "\U0010ffff"  # which no font has: the box in its place
 
 
 class Sheet:
-    """A picture of images with their classes below them.
+    """A picture of images with their classes, and the ends of their paths, below them.
 
     Args:
         path: the new file.
@@ -29,7 +31,8 @@ class Sheet:
     def __init__(self, path, font):
         from PIL import ImageFont
 
-        self.path, self.predictions, self.left_out = path, [], 0
+        self.path, self.predictions, self.left_out, self.missing = path, [], 0, set()
+        self._known = {}  # characters, to whether the font has them
         self.format = _PLOT_FORMATS.get(os.path.splitext(path)[1].lower())
         if not self.format:
             raise ConfigError(f"{path}: -plot takes a name that ends in {', '.join(_PLOT_FORMATS)}")
@@ -60,6 +63,12 @@ class Sheet:
             )
         data = io.BytesIO()
         self.draw().save(data, self.format)
+        if self.missing:
+            some = " ".join(sorted(self.missing)[:10])
+            tally.say(
+                f"{self.path}: its font has no {show(some)}: give one that has by -font FILE, a "
+                ".ttf or .otf"
+            )
         with new_file(self.path) as temporary, open(temporary, "wb") as file:
             file.write(data.getvalue())
 
@@ -71,10 +80,10 @@ class Sheet:
         columns = min(_PLOT_COLUMNS, math.ceil(math.sqrt(len(self.predictions))))
         rows = math.ceil(len(self.predictions) / columns)
         line_height = math.ceil(1.3 * _FONT_SIZE)
-        width, height = _SIDE + _GAP, _SIDE + lines * line_height + 2 * _GAP
+        width, height = _SIDE + _GAP, _SIDE + (lines + 1) * line_height + 2 * _GAP
         sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
         draw = ImageDraw.Draw(sheet)
-        for number, (_, pixels, choices) in enumerate(self.predictions):
+        for number, (path, pixels, choices) in enumerate(self.predictions):
             x, y = number % columns * width + _GAP, number // columns * height + _GAP
             small = len(pixels) < _SIDE  # whose pixels are to be seen
             method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
@@ -84,20 +93,30 @@ class Sheet:
                 text = self._fit(draw, f"{100 * choice.probability:.1f}%  {choice.name}")
                 color = "gray" if line else "black"
                 draw.text((x, y + line * line_height), text, color, self.font)
+            text = self._fit(draw, path, from_end=True)
+            draw.text((x, y + lines * line_height), text, _PATH_COLOR, self.font)
         return sheet
 
-    def _fit(self, draw, text):
-        """A text that is as wide as an image, or shorter, in characters that the font has."""
-        from PIL import ImageFont
-
-        text = "".join(c if c.isprintable() else "?" for c in text)
-        if not isinstance(self.font, ImageFont.FreeTypeFont):
-            text = text.encode("latin-1", "replace").decode("latin-1")
+    def _fit(self, draw, text, from_end=False):
+        """A text, its start or its end, that is at most as wide as an image."""
+        self.missing.update(c for c in text if c.isprintable() and not self._has(c))
+        text = "".join(c if c.isprintable() and self._has(c) else "?" for c in text)
         short = text
         while draw.textlength(short, self.font) > _SIDE:
-            text = text[:-1]
-            short = text + "..."
+            text = text[1:] if from_end else text[:-1]
+            short = "..." + text if from_end else text + "..."
         return short
+
+    def _has(self, character):
+        """Whether the font has a character; otherwise it would draw a box, or fail."""
+        from PIL import ImageFont
+
+        if not isinstance(self.font, ImageFont.FreeTypeFont):
+            return ord(character) < 256
+        if character not in self._known:
+            drawn, box = (bytes(self.font.getmask(c)) for c in (character, _NO_CHARACTER))
+            self._known[character] = drawn != box
+        return self._known[character]
 
 
 def _default_font(fonts):
