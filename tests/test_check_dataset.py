@@ -1,9 +1,11 @@
 """tools/check_dataset.py as its users run it: every problem at once, no hang, nothing left."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
 import pty
+import resource
 import signal
 import struct
 import subprocess
@@ -78,6 +80,11 @@ def test_every_problem_is_reported_at_once_in_order_with_the_runs_sentence(folde
     assert (result.status, result.err) == (1, "")
     train, val = folder / "train_list.txt", folder / "val_list.txt"
     expected = [
+        f"{train}:9: warning: {folder / '0.JPEG'}: this image is already in train_list.txt:1, "
+        "with the label 0",
+        f"{train}:12: warning: {folder}/./1.JPEG: this image is already in train_list.txt:5",
+        f"{val}:3: warning: {folder / '0.JPEG'}: this image is already in train_list.txt:1",
+        f"{val}: warning: 2 of 3 classes have no image: 1, 2",
         f"{train}:2: 'no label' has no label",
         f"{train}:3: label '3' is not in 0..2",
         f"{val}:2: this line is not UTF-8",
@@ -86,23 +93,75 @@ def test_every_problem_is_reported_at_once_in_order_with_the_runs_sentence(folde
         f"{train}:8: cannot read {folder / 'text.JPEG'}: cannot identify",
         f"{train}:10: cannot read {folder / 'empty.JPEG'}: cannot identify",
         f"{train}:11: cannot read {folder / 'bomb.JPEG'}: it has more than 89,478,485 pixels",
-        f"{train}:9: warning: {folder / '0.JPEG'}: this image is already in train_list.txt:1, "
-        "with the label 0",
-        f"{train}:12: warning: {folder}/./1.JPEG: this image is already in train_list.txt:5",
-        f"{val}:3: warning: {folder / '0.JPEG'}: this image is already in train_list.txt:1",
-        f"{val}: warning: 2 of 3 classes have no image: 1, 2",
         "images: train_list.txt 9, val_list.txt 2; problems: 8, warnings: 4",
     ]
     lines = result.out.splitlines()
     assert len(lines) == len(expected), result.out
     for line, start in zip(lines, expected):
         assert line.startswith(start)
-    assert lines[9].endswith("train_list.txt:5")
+    assert lines[1].endswith("train_list.txt:5")
     # A run says the same of the first image that it cannot read.
     (folder / "train_list.txt").write_text("\n\n\ngone.JPEG 1\n")
     with pytest.raises(DataError) as error:
         ImageDataset(ImageList(str(folder), "train_list.txt", 3), None, 0)[(0, 0)]
-    assert str(error.value) == lines[3]
+    assert str(error.value) == lines[7]
+
+
+def test_warnings_of_a_kind_are_one_line_and_problems_come_last(folder):
+    (folder / "@eaDir").mkdir()
+    (folder / "gone.JPEG").write_text("no image")
+    thumbnails = [f"@eaDir/{number}.JPEG" for number in range(3)]
+    for name in thumbnails:
+        noise(0).save(folder / name)
+    train = ["0.JPEG 1", "1.JPEG 1", "gone.JPEG 2", *["0.JPEG 1"] * 38, "1.JPEG 2",
+             *(f"{name} 1" for name in thumbnails)]  # fmt: skip
+    (folder / "train_list.txt").write_text("\n".join(train))
+    result = checked(folder, "-num_classes", 3, "-lists", "train_list.txt")
+    path, first = folder / "train_list.txt", folder / "0.JPEG"
+    assert result.out.splitlines() == [
+        f"{path}:4: warning: {first}: this image is already in train_list.txt:1 (37 more of these: "
+        "lines 5, 6, 7, 8, 9, ...)",
+        f"{path}:42: warning: {folder}/1.JPEG: this image is already in train_list.txt:2, with the "
+        "label 1",
+        f"{path}:43: warning: {folder}/@eaDir/0.JPEG: @eaDir is a folder that a system makes, of "
+        "no images of yours (2 more of these: lines 44, 45)",
+        f"{path}: warning: 1 of 3 classes have no image: 0 (-num_classes says how many there are; "
+        "labels start at 0)",
+        f"{path}:3: cannot read {folder}/gone.JPEG: cannot identify image file "
+        f"'{folder}/gone.JPEG'",
+        "images: train_list.txt 45; problems: 1, warnings: 43",
+    ]
+
+
+def test_labels_that_were_counted_from_1_are_told_from_a_class_too_few(folder):
+    hint = "; labels start at 0, and no line has a 0"
+    (folder / "train_list.txt").write_text("0.JPEG 1\n1.JPEG 2\n2.JPEG 3\n")
+    (folder / "val_list.txt").write_text("3.JPEG 00\n2.JPEG 3\n")
+    lines = checked(folder, "-num_classes", 3).out.splitlines()
+    label = "label '3' is not in 0..2 (MODEL.NUM_CLASSES is 3)"
+    assert f"{folder}/train_list.txt:3: {label}{hint}" in lines
+    assert f"{folder}/val_list.txt:2: {label}" in lines
+    with pytest.raises(DataError, match=hint):
+        ImageList(str(folder), "train_list.txt", 3)
+
+
+def test_images_with_an_exif_orientation_are_counted(folder):
+    for orientation, name in ((1, "0.JPEG"), (6, "1.JPEG"), (3, "3.JPEG")):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        noise(0).save(folder / name, exif=exif)
+    out = checked(folder, "-num_classes", 3).check().out
+    assert "EXIF orientation, which is ignored, as in timm: 2 images\n" in out
+
+
+def test_too_few_open_files_names_the_limit_and_what_to_do(folder, monkeypatch):
+    def fail():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(multiprocessing, "Pipe", fail)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sentence = f"Too many open files: a process may have {limit} (ulimit -n): raise that, or take"
+    checked(folder).refused(1, sentence, "fewer -num_workers")
 
 
 def test_warnings_alone_are_status_0(folder):
@@ -143,10 +202,11 @@ def test_help_and_wrong_flags_are_answered_without_paddle(folder, tmp_path):
 
 
 def test_a_reader_that_leaves_early_ends_the_check_quietly(folder):
-    (folder / "train_list.txt").write_text("gone.JPEG 1\n" * 20_000)
+    lines = [f"gone{number}.JPEG 1\n" for number in range(20_000)]
+    (folder / "train_list.txt").write_text("".join(lines))
     command = f'"{sys.executable}" "{TOOL}" -data_path "{folder}" -num_classes 3 | head -n 1'
     result = run(["sh", "-c", command])
-    assert result.out.startswith(f"{folder / 'train_list.txt'}:1: ") and result.err == ""
+    assert result.out.startswith(f"{folder / 'train_list.txt'}: warning: ") and result.err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -169,7 +229,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(folder, number):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert time.monotonic() - start < 2
-    assert (out, err) == ("", "")
+    assert err == "" and all(": warning: " in line for line in out.splitlines())
     assert not set(children) & set(process_ids())
 
 
@@ -208,8 +268,8 @@ def test_an_image_that_a_process_dies_of_is_one_of_all_problems(tmp_path, worker
     images = ImageList(str(tmp_path), "train_list.txt", 1)
     found = list(check_dataset.check_images(Deadly(images, {100, 102, 299}), workers))
     assert not multiprocessing.active_children()
-    assert sum(done for done, _ in found) == 300
-    sentences = [each for _, some in found for each in some]
+    assert sum(done for done, _, _ in found) == 300
+    sentences = [each for _, some, _ in found for each in some]
     death = "reading this image ended a process (SIGKILL)"
     deaths = [i for i, each in enumerate(sentences) if death in each]
     assert deaths == [100, 102, 299]
@@ -224,5 +284,5 @@ def test_problems_come_in_the_lists_order_whoever_finds_them(tmp_path, workers):
     (tmp_path / "train_list.txt").write_text("a.JPEG 0\n" * 300)
     images = ImageList(str(tmp_path), "train_list.txt", 1)
     found = list(check_dataset.check_images(Deadly(images, ()), workers))
-    assert [done for done, _ in found] == [64, 64, 64, 64, 44]
-    assert [each for _, some in found for each in some] == [f"image {i}" for i in range(300)]
+    assert [done for done, _, _ in found] == [64, 64, 64, 64, 44]
+    assert [each for _, some, _ in found for each in some] == [f"image {i}" for i in range(300)]

@@ -3,16 +3,15 @@
     python tools/check_dataset.py -data_path /dataset/imagenet
     python tools/check_dataset.py -data_path data/digits -num_classes 10 -lists val_list.txt
 
-Prints a line `list:line: ...` for each bad line and each image that a run would refuse, with the
-run's own words, then warnings: images listed again (in the list itself, or of training in
-validation) and classes without an image.  Exit status: 0, 1 where there is a problem (warnings are
-none), 2 for what was asked wrongly.
+Prints warnings, one for all of a kind: images listed again (in the list itself, or of training in
+validation), images in folders that a system makes, classes without an image.  Then a line
+`list:line: ...` for each bad line and each image that a run would refuse, with the run's own words.
+Images with an EXIF orientation, which is ignored when they are read, as in timm, are counted.  Exit
+status: 0, 1 where there is a problem (warnings are none), 2 for what was asked wrongly.
 """
 
-import argparse
 import collections
 import contextlib
-import functools
 import itertools
 import multiprocessing
 import os
@@ -26,15 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m
 from tools import common
 from config import ConfigError, get_config, update_config
 from ranks import host
-from utils import DataError, progress_bar, show_path
+from utils import DataError, is_system_folder, progress_bar, show_path
 
 # Paddle, which datasets.py imports, comes in check(): -h and a wrong flag answer at once.
 
+_ORIENTATION = 0x0112
 _CHUNK = 64  # images that a process checks at a time
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("-data_path", metavar="DIR", required=True, help="folder with the lists")
     add("-num_classes", metavar="N", type=int, help="classes of the data set (default 1000)")
@@ -66,28 +66,52 @@ def check(root, names, num_classes, workers):
     from datasets import ImageDataset, ImageList
 
     tally = common.Tally(stream="stdout")
-    lists = []
+    lists, wrong, turned = [], [], 0
     for name in dict.fromkeys(names):
         try:
-            on_bad_line = functools.partial(tally.add, "problems")
-            lists.append(ImageList(root, name, num_classes, on_bad_line))
+            lists.append(ImageList(root, name, num_classes, wrong.append))
         except DataError as error:
-            tally.add("problems", error)
+            wrong.append(error)
+    empty = (empty_classes(images, num_classes) for images in lists)
+    warnings = itertools.chain(repeated(lists), in_system_folders(lists), *empty)
+    count = say_grouped(warnings, tally)
+    for problem in wrong:
+        tally.add("problems", problem)
     total = sum(map(len, lists))
     with progress_bar(None, total, unit="image") as bar:
         for images in lists:
             dataset = ImageDataset(images, transform=None, seed=0)
-            for done, problems in check_images(dataset, workers):
+            for done, problems, oriented in check_images(dataset, workers):
                 for problem in problems:
                     tally.add("problems", problem)
+                turned += oriented
                 bar.update(done)
-    empty = (empty_classes(images, num_classes) for images in lists)
-    for sentence in itertools.chain(repeated(lists), *empty):
-        tally.add("warnings", sentence)
+    if turned:
+        print(f"EXIF orientation, which is ignored, as in timm: {turned:,} images")
     sizes = ", ".join(f"{os.path.basename(images.name)} {len(images):,}" for images in lists)
-    problems, warnings = tally.counts["problems"], tally.counts["warnings"]
-    print(f"images: {sizes or 'none'}; problems: {problems:,}, warnings: {warnings:,}")
+    problems = tally.counts["problems"]
+    print(f"images: {sizes or 'none'}; problems: {problems:,}, warnings: {count:,}")
     return 1 if problems else 0
+
+
+def say_grouped(warnings, tally):
+    """Says the first of each kind, and how many more there are.  Returns how many in all.
+
+    Args:
+        warnings: (kind, sentence, line number or None) of each.
+        tally: a common.Tally.
+    """
+    first, lines = {}, {}
+    for kind, sentence, line in warnings:
+        first.setdefault(kind, sentence)
+        lines.setdefault(kind, []).append(line)
+    for kind, sentence in first.items():
+        more = lines[kind][1:]
+        if more:
+            some = ", ".join(map(str, more[:5])) + (", ..." if more[5:] else "")
+            sentence += f" ({len(more):,} more of these: lines {some})"
+        tally.say(sentence)
+    return sum(map(len, lines.values()))
 
 
 def check_images(dataset, workers):
@@ -98,13 +122,14 @@ def check_images(dataset, workers):
     for image by image, in new processes.
 
     Yields:
-        (number of images, list of sentences) of one piece of the list after the other, in order.
+        (number of images, sentences, number of those with an EXIF orientation) of one piece of the
+        list after the other, in order.
     """
     size = len(dataset)
     pieces = iter([(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)])
     again = collections.deque()  # images of pieces that a process died of, before all others
     processes, busy = {}, {}  # of each pipe: its process, and its piece
-    finished, following = {}, 0  # (end, sentences) that wait for those of earlier pieces
+    finished, following = {}, 0  # (end, what was found) that wait for those of earlier pieces
     try:
         for _ in range(min(workers, -(-size // _CHUNK))):
             _start(dataset, processes, busy, next(pieces))
@@ -118,7 +143,7 @@ def check_images(dataset, workers):
                     died = True
                     process = processes.pop(pipe)
                     if end - start == 1:
-                        finished[start] = end, [_describe_death(process, dataset, start)]
+                        finished[start] = end, ([_describe_death(process, dataset, start)], 0)
                     else:
                         again.extendleft((i, i + 1) for i in reversed(range(start, end)))
                 piece = again.popleft() if again else next(pieces, None)
@@ -127,8 +152,8 @@ def check_images(dataset, workers):
                 elif piece:
                     _hand_out(pipe, piece, busy)
             while following in finished:
-                start, (following, problems) = following, finished.pop(following)
-                yield following - start, problems
+                start, (following, found) = following, finished.pop(following)
+                yield following - start, *found
     finally:
         for process in processes.values():
             process.kill()
@@ -154,19 +179,27 @@ def _hand_out(pipe, piece, busy):
 
 
 def _work(dataset, pipe, parent):
-    """A process's loop: a piece in, the sentences of its bad images out."""
+    """A process's loop: a piece in; its bad images' sentences, and how many are turned, out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     host.die_with_parent(parent, signal.SIGKILL)
     while True:
         start, end = pipe.recv()
-        problems = []
+        problems, turned = [], 0
         for index in range(start, end):
             try:
-                dataset.read(index)
+                turned += is_turned(dataset.read(index))
             except DataError as error:
                 problems.append(str(error))
-        pipe.send(problems)
+        pipe.send((problems, turned))
+
+
+def is_turned(image):
+    """Whether a PIL image has an EXIF orientation by which it would be shown turned."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # of damaged metadata, which a run does not read
+        return False
 
 
 def _describe_death(process, dataset, index):
@@ -181,7 +214,7 @@ def _describe_death(process, dataset, index):
 
 
 def repeated(lists):
-    """Sentences about the images that an earlier line, or an earlier list, has already."""
+    """As say_grouped takes them: images that an earlier line, or an earlier list, has already."""
     import numpy as np
 
     starts = np.cumsum([0, *map(len, lists)])
@@ -205,22 +238,46 @@ def repeated(lists):
         label, earlier_label = images.labels[index], earlier.labels[earlier_index]
         other = f", with the label {earlier_label}" if label != earlier_label else ""
         yield (
+            (images.name, earlier.name, bool(other)),
             f"{images.place(index)}: warning: "
             f"{show_path(images.image_path(index))}: this image is already in "
-            f"{os.path.basename(earlier.place(earlier_index))}{other}"
+            f"{os.path.basename(earlier.place(earlier_index))}{other}",
+            line_of(images, index),
         )
 
 
+def line_of(images, index):
+    return int(images.place(index).rsplit(":", 1)[1])
+
+
+def in_system_folders(lists):
+    """As say_grouped takes them: images that a system has made, such as thumbnails."""
+    for images in lists:
+        for index in range(len(images)):
+            path = images.image_path(index)[len(images.root) :]
+            folder = next(filter(is_system_folder, path.split("/")[:-1]), None)
+            if folder:
+                yield (
+                    (images.name, "system"),
+                    f"{images.place(index)}: warning: {show_path(images.image_path(index))}: "
+                    f"{folder} is a folder that a system makes, of no images of yours",
+                    line_of(images, index),
+                )
+
+
 def empty_classes(images, num_classes):
-    """A sentence about the classes that have no image in a list, where there are any."""
+    """As say_grouped takes it: the classes that have no image in a list, where there are any."""
     import numpy as np
 
     empty = np.flatnonzero(np.bincount(images.labels, minlength=num_classes) == 0)
     if len(empty):
         some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        start = "; labels start at 0" if empty[0] == 0 and len(images) else ""
         yield (
+            (images.name, "empty"),
             f"{images.name}: warning: {len(empty):,} of {num_classes:,} classes have no image: "
-            f"{some} (-num_classes says how many there are)"
+            f"{some} (-num_classes says how many there are{start})",
+            None,
         )
 
 
