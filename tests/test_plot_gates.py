@@ -57,9 +57,30 @@ def maps(filters, layers, tokens):
     plt = plot_gates.import_pyplot()
     figure = plot_gates.draw(plt, filters, layers, tokens, "name")
     plt.close(figure)
-    rings = [axis.get_lines()[-1] for axis in figure.axes]
+    axes = [axis for axis in figure.axes if axis.images]  # and none of the colour bar
+    rings = [axis.get_lines()[-1] for axis in axes]
     places = [(int(ring.get_ydata()[0]), int(ring.get_xdata()[0])) for ring in rings]
-    return [axis.images[0] for axis in figure.axes], places
+    return [axis.images[0] for axis in axes], places
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 3), (6, 10)])
+def test_the_words_are_whole_and_say_what_colours_and_ring_are(rows, columns):
+    plt = plot_gates.import_pyplot()
+    filters = [np.eye(64, dtype="float32").reshape(64, 8, 8)] * rows
+    name = "a model with a $long$ name of some forty characters"
+    figure = plot_gates.draw(plt, filters, range(rows), range(columns), name)
+    figure.canvas.draw()
+    (bar,) = (axis for axis in figure.axes if not axis.images)
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["-largest", "0", "+largest"]
+    title, caption = figure._suptitle, figure._supxlabel
+    assert name.replace("$", r"\$") in title.get_text().replace("\n", " ")
+    words = caption.get_text().replace("\n", " ")
+    assert "for one token, the ring" in words and "each map's own largest weight" in words
+    for text in (title, caption, *bar.get_yticklabels()):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+        assert box.y1 <= figure.bbox.y1
+    plt.close(figure)
 
 
 def test_it_makes_a_picture(weights, tmp_path):
@@ -121,6 +142,8 @@ def test_what_does_not_fit_is_refused(weights, tmp_path, capsys):
     assert "has tokens 0 to 15, there is no -1" in refused(capsys, *given, "-tokens=-1")
     assert "-layers is 'x'" in refused(capsys, *given, "-layers", "x")
     assert "-count is 0" in refused(capsys, *given, "-count", 0)
+    both = refused(capsys, *given, "-tokens", "0,5", "-count", 4)
+    assert "-tokens says which tokens, and -count how many: give one" in both
     many = ["-layers", ",".join("0" * 40), "-count", 16]
     assert "more than 600 maps" in refused(capsys, *given, *many)
     error = refused(capsys, *given, "-cfg", ROOT / "configs" / "gmlp_ti16_224.yaml")

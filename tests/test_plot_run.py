@@ -89,7 +89,7 @@ def test_two_runs_make_a_picture(metrics, tmp_path):
     assert result.err == ""
     assert result.out == (
         "a run: 8 steps, 2 epochs, best model Acc@1 60.00, best ema Acc@1 70.00\n"
-        "b: 4 steps, 1 epochs, best model Acc@1 50.00\n"
+        "b: 4 steps, 1 epoch, best model Acc@1 50.00\n"
         f"curves in {output}\n"
     )
     assert output.read_bytes().startswith(PNG)
@@ -108,6 +108,42 @@ def test_the_panels_show_the_rows(metrics):
     assert rate[0][2] == [0.003, 0.004, 0.007, 0.008]
     # Of the first epoch's four batches, three together took twice as long as the fourth.
     assert speed[1] == ("epoch's mean", [1, 2], [pytest.approx(4 / (3 / 150 + 1 / 100)), 100.0])
+
+
+def test_a_single_report_is_a_point_that_can_be_seen(tmp_path):
+    path = write(tmp_path / "a" / "metrics.jsonl", ROWS[:1])
+    plt = plot_run.import_pyplot()
+    figure = plot_run.draw(plt, [plot_run.read_run(str(path))], ["a"], "epochs")
+    plt.close(figure)
+    for axis in (figure.axes[0], figure.axes[2], figure.axes[3]):
+        assert [line.get_marker() for line in axis.get_lines() if len(line.get_xdata())] == ["o"]
+
+
+def test_the_speed_of_an_epochs_short_last_report_is_left_out(tmp_path):
+    rows = [train(1, 20, 20), train(1, 40, 40), train(1, 42, 42, 1.0, 1750.0), epoch_end(1, 42),
+            train(2, 20, 62), train(2, 31, 73, 1.0, 90.0)]  # fmt: skip
+    path = write(tmp_path / "a" / "metrics.jsonl", rows)
+    run = plot_run.read_run(str(path))
+    assert [value for *_, value in run["images_per_second"]] == [100, 100, 100, 90]
+    assert len(run["loss"]) == 5
+
+
+def test_no_two_runs_have_one_colour():
+    plt = plot_run.import_pyplot()
+    for count in (1, 8, 9, 20):
+        assert len(set(map(tuple, plot_run.colours_of(plt, count)))) == count
+
+
+def test_runs_called_by_their_time_take_the_names_of_the_folders_around_them(tmp_path):
+    paths = [tmp_path / name / f"train-20260101-12-00-0{i}" for i, name in enumerate("ab")]
+    for path in paths:
+        path.mkdir(parents=True)
+    paths = list(map(str, paths))
+    assert plot_run.run_names(paths) == ["a", "b"]
+    assert plot_run.run_names(paths[:1]) == ["train-20260101-12-00-00"]
+    (tmp_path / "a" / "train-20260101-12-00-01").mkdir()
+    paths[1] = str(tmp_path / "a" / "train-20260101-12-00-01")
+    assert plot_run.run_names(paths) == ["train-20260101-12-00-00", "train-20260101-12-00-01"]
 
 
 def test_the_curves_run_over_steps_where_that_is_asked_for_or_no_epoch_is_done(metrics, tmp_path):

@@ -12,9 +12,9 @@ rows; image size and classes are those of the weights.  -output is replaced wher
 matplotlib.
 """
 
-import argparse
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
@@ -25,17 +25,21 @@ from tools.plot_run import check_output, import_pyplot, save
 from weights import load_weights
 
 _MAPS = 600  # more take minutes and cannot be seen
-_INK = "#2d333b"
+_INK, _EDGE, _COLOURS = "#2d333b", "#c3cad1", "RdBu_r"
+_CAPTION = (
+    "A map has the weights with which its block adds up all tokens, in their places, for one "
+    "token, the ring. Colours go to each map's own largest weight."
+)
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("-cfg", metavar="YAML", required=True, help="config file of the model")
     add("-pretrained", metavar="FILE", required=True, help="its weights")
     add("-layers", metavar="N,N", help="blocks to show (default: 6 from the first to the last)")
     add("-tokens", metavar="N,N", help="tokens to show (default: -count of them)")
-    add("-count", metavar="N", type=int, default=10, help="tokens from all over the image (10)")
+    add("-count", metavar="N", type=int, help="tokens from all over the image (default 10)")
     add("-output", metavar="FILE", required=True, help="the picture, .png or .svg")
     return parser
 
@@ -44,8 +48,11 @@ def work(args):
     """Plots what the arguments say."""
     check_output(args.output)
     layers, tokens = numbers(args.layers, "layers"), numbers(args.tokens, "tokens")
-    if args.count < 1:
-        raise ConfigError(f"-count is {args.count}, it must be at least 1")
+    if args.count is not None and tokens is not None:
+        raise ConfigError("-tokens says which tokens, and -count how many: give one of the two")
+    count = 10 if args.count is None else args.count
+    if count < 1:
+        raise ConfigError(f"-count is {count}, it must be at least 1")
     config = update_config(get_config(), args)
     plt = import_pyplot()
     filters = read_filters(config, args.pretrained)
@@ -53,7 +60,7 @@ def work(args):
     if layers is None:
         layers = spread(len(filters), 6)
     if tokens is None:
-        tokens = all_over(side, args.count)
+        tokens = all_over(side, count)
     check_range(layers, len(filters), "-layers", f"{args.pretrained} has blocks")
     check_range(tokens, side * side, "-tokens", f"{args.pretrained} has tokens")
     if len(layers) * len(tokens) > _MAPS:
@@ -145,19 +152,23 @@ def draw(plt, filters, layers, tokens, name):
     """
     side = filters[0].shape[-1]
     rows, columns = len(layers), len(tokens)
+    width = max(0.9 * columns + 1.9, 5.0)  # inches, for the words above and below
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(0.9 * columns + 1.0, 0.9 * rows + 0.9),
+        figsize=(width, 0.9 * rows + 1.4),
         dpi=110,
         squeeze=False,
         layout="constrained",
     )
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-    title = (
-        f"{name}: filters of tokens (row, column) of {side} x {side}; red +, blue \N{MINUS SIGN}"
-    )
-    figure.suptitle(title.replace("$", r"\$"), fontsize=11, color=_INK)
+    title = f"{name}: filters of tokens (row, column) of {side} x {side}"
+    figure.suptitle(fold(title, 10 * width), fontsize=11, color=_INK)
+    figure.supxlabel(fold(_CAPTION, 15 * width), fontsize=8, color=_INK)
+    colours = plt.cm.ScalarMappable(plt.Normalize(-1, 1), _COLOURS)
+    bar = figure.colorbar(colours, ax=axes, ticks=[-1, 0, 1], aspect=12 * rows, shrink=0.9)
+    bar.ax.set_yticklabels(["-largest", "0", "+largest"], fontsize=8, color=_INK)
+    bar.outline.set_edgecolor(_EDGE)
     for row, layer in enumerate(layers):
         for column, token in enumerate(tokens):
             axis = axes[row][column]
@@ -171,17 +182,22 @@ def draw(plt, filters, layers, tokens, name):
     return figure
 
 
+def fold(text, width):
+    """A text in lines of at most so many characters, with no formula in it."""
+    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), int(width)))
+
+
 def draw_map(axis, values, place):
     """One filter, with a ring around the token (y, x) that it is for."""
     largest = float(abs(values).max()) or 1.0
-    axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
+    axis.imshow(values, cmap=_COLOURS, vmin=-largest, vmax=largest, interpolation="nearest")
     y, x = place
     for colour, width in (("white", 2.4), (_INK, 1.1)):  # seen on light and on dark squares
         axis.plot(x, y, "o", fillstyle="none", color=colour, markersize=5, markeredgewidth=width)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
-        spine.set_color("#c3cad1")
+        spine.set_color(_EDGE)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ Reads `metrics.jsonl`, of a run that is still going too.  What a run repeated af
 counts once, as it was last.  -output is replaced where it exists.  Needs matplotlib.
 """
 
-import argparse
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ _STYLE = {
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="a run's folder, or its metrics.jsonl")
     add("-output", metavar="FILE", required=True, help="the picture, .png or .svg")
@@ -147,8 +147,10 @@ def curves(rows):
         if row["kind"] == "train":
             length = lengths.get(epoch, usual)
             epochs = epoch - 1 + row["batch"] / length if length else None
-            for name in ("loss", "lr", "images_per_second"):
+            for name in ("loss", "lr"):
                 add(name, epochs, row["step"], row[name])
+            if not is_short(row, reports[epoch]):
+                add("images_per_second", epochs, row["step"], row["images_per_second"])
         elif row["kind"] == "epoch":
             speed = mean_speed(reports.get(epoch, []))
             add("epoch images_per_second", epoch, row["step"], speed)
@@ -158,22 +160,39 @@ def curves(rows):
     return points
 
 
+def batches_of(reports):
+    """How many batches each report of an epoch is of."""
+    places = [0, *(report["batch"] for report in reports)]
+    return [end - start for start, end in zip(places, places[1:])]
+
+
+def is_short(report, reports):
+    """Whether a report is of few batches, such as an epoch's last: its speed is mostly chance."""
+    batches = batches_of(reports)
+    return 2 * batches[reports.index(report)] < max(batches)
+
+
 def mean_speed(reports):
     """Images per second over the reports of an epoch, by their time; None where one has none."""
     speeds = [report["images_per_second"] for report in reports]
     if not speeds or not all(speeds):
         return None
-    places = [0, *(report["batch"] for report in reports)]
-    batches = [end - start for start, end in zip(places, places[1:])]
+    batches = batches_of(reports)
     return sum(batches) / sum(count / speed for count, speed in zip(batches, speeds))
 
 
 def run_names(paths):
-    """Short names for the legend: of the folders, or the paths where two are the same."""
-    names = []
-    for path in paths:
-        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        names.append(os.path.basename(os.path.abspath(folder)))
+    """Short names for the legend: of the folders, or the paths where two are the same.
+
+    Of several runs called by their time alone, the folders that they are in are better names.
+    """
+    folders = [p if os.path.isdir(p) else os.path.dirname(os.path.abspath(p)) for p in paths]
+    folders = [Path(os.path.abspath(folder)) for folder in folders]
+    names = [folder.name for folder in folders]
+    parents = [folder.parent.name for folder in folders]
+    timed = all(re.fullmatch(r"train-\d{8}(-\d\d){3}.*", name) for name in names)
+    if timed and len(names) > 1 and len(set(parents)) == len(names):
+        return parents
     return names if len(set(names)) == len(names) else list(paths)
 
 
@@ -183,7 +202,9 @@ def describe(run):
         (point for points in run.values() for point in points), key=lambda point: point[1] or 0
     )
     scores = [f"{name} Acc@1 {best_of(run, name)[0]:.2f}" for name in weights_of(run)]
-    place = f"{steps} steps" + (f", {epochs:.4g} epochs" if epochs is not None else "")
+    place = f"{steps} {'step' if steps == 1 else 'steps'}"
+    if epochs is not None:
+        place += f", {epochs:.4g} {'epoch' if epochs == 1 else 'epochs'}"
     return ", ".join([place, *(f"best {score}" for score in scores)])
 
 
@@ -209,8 +230,8 @@ def draw(plt, runs, names, x):
         x = "steps"
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), dpi=110, sharex=True, layout="constrained")
     loss, accuracy, rate, speed = axes.flat
-    for number, run in enumerate(runs):
-        colour = _COLOURS[number % len(_COLOURS)]
+    colours = colours_of(plt, len(runs))
+    for run, colour in zip(runs, colours):
         line = _Lines(run, x, colour)
         line(loss, "loss", "training", linewidth=1.2, alpha=0.45)
         for weights in weights_of(run):
@@ -230,8 +251,15 @@ def draw(plt, runs, names, x):
     for axis in (rate, speed):
         axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch" if x == "epochs" else "optimizer step")
-    add_legends(plt, figure, (loss, accuracy, speed), runs, names)
+    add_legends(plt, figure, (loss, accuracy, speed), runs, names, colours)
     return figure
+
+
+def colours_of(plt, count):
+    """A colour for each run, no two the same."""
+    if count <= len(_COLOURS):
+        return _COLOURS[:count]
+    return [plt.get_cmap("turbo")(number / (count - 1)) for number in range(count)]
 
 
 class _Lines:
@@ -244,10 +272,12 @@ class _Lines:
         points = [p for p in self.run.get(name, ()) if p[1] is not None or self.x == "epochs"]
         places = [point[0 if self.x == "epochs" else 1] for point in points]
         values = [float("nan") if point[2] is None else point[2] for point in points]
+        if len(points) == 1:  # which is no line
+            style["marker"] = "o"
         axis.plot(places, values, color=self.colour, label=label, markersize=3.5, **style)
 
 
-def add_legends(plt, figure, axes, runs, names):
+def add_legends(plt, figure, axes, runs, names, colours):
     """What the lines are, in the panels that have several; which run is which, above."""
     for axis in axes:
         lines = {}
@@ -259,12 +289,11 @@ def add_legends(plt, figure, axes, runs, names):
                 for line in legend.get_lines():
                     line.set_color(_INK)
     best = []
-    for number, (run, name) in enumerate(zip(runs, names)):
+    for run, name, colour in zip(runs, names, colours):
         text = name.replace("$", r"\$")  # which begins a formula
         for weights in weights_of(run)[-1:]:  # EMA's are the ones to use
             value, epoch = best_of(run, weights)
             text += f": best Acc@1 {value:.2f} in epoch {-epoch}"
-        colour = _COLOURS[number % len(_COLOURS)]
         best.append(plt.Line2D([], [], color=colour, linewidth=3, label=text))
     figure.legend(handles=best, loc="outside upper left", ncols=1 if len(best) < 3 else 2)
 
