@@ -3,6 +3,11 @@
 # small gMLP on them in two processes, and evaluates what came out.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
+if ! [ -w "$here" ]; then
+    echo "$0: $here cannot be written, and data, outputs and perhaps .venv go there: run a copy," \
+        "cp -r '$here' \"\$HOME/gmlp\" && sh \"\$HOME/gmlp/run_demo.sh\"" >&2
+    exit 2
+fi
 . "$here/tools/setup_env.sh"
 setup_env "$here/requirements.txt"
 

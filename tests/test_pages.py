@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 import pytest
 from golden import draw_images, draw_weights, load, timm_shapes, to_paddle
-from program import ROOT, run_tool
+from program import ROOT, run, run_tool
 
 import augment
 import config
@@ -182,6 +182,38 @@ def test_lists_and_the_check_of_a_data_set_print_what_the_page_shows(digits, tmp
         assert printed.strip() == output_below(page, command).replace("data/digits/train", "DIR")
 
 
+def commands_of(page):
+    """The commands that a page shows, as lists of words."""
+    text = "\n".join(snippets(page, "shell")).replace("\\\n", " ")
+    return [
+        shlex.split(line.replace("<time>", "TIME"), comments=True) for line in text.splitlines()
+    ]
+
+
+@every_page
+def test_a_file_that_a_command_takes_is_named_without_a_pattern(page):
+    text = "\n".join(snippets(page, "shell"))
+    unquoted = re.sub(r"'[^'\n]*'|\"[^\"\n]*\"", "", text)
+    # A file of a run, of which there may be several tomorrow.
+    assert re.findall(r"\S*\*\S*", unquoted) == []
+
+
+def test_what_the_commands_of_the_pages_write_is_ignored_by_git():
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    outputs = {"runs/train-TIME/last.pdparams", "output/train-TIME/log.txt"}
+    for words in (words for page in PAGES for words in commands_of(page)):
+        for flag, word in zip(words, words[1:]):
+            if flag in ("-output", "-plot", "-json", "--log_dir", "-log_dir"):
+                outputs.add(word)
+        outputs.update(word for word in words if word.endswith((".safetensors", ".pdparams")))
+    outputs = {path for path in outputs if not re.match("[/-]|docs/|[A-Z_]+=", path)}
+    assert {"exported", "mine.safetensors", "curves.png", "launch"} <= outputs
+    paths = [path if "." in path else f"{path}/file" for path in sorted(outputs)]
+    done = run(["git", "-C", ROOT, "check-ignore", *paths], cwd=ROOT)
+    assert set(paths) - set(done.out.splitlines()) == set()
+
+
 # --- what is named exists ---
 
 
@@ -247,7 +279,9 @@ def test_a_message_that_is_explained_is_one_of_the_programs(message):
     assert fixed and not unknown
 
 
-SYSTEMS = {os.strerror(number) for number in (errno.ENOENT, errno.ENOSPC)}  # the system's words
+SYSTEMS = {
+    os.strerror(number) for number in (errno.ENOENT, errno.ENOSPC, errno.EMFILE)
+}  # the system's words
 
 
 @functools.cache
@@ -291,6 +325,46 @@ def test_the_model_table_is_the_tools_output():
 def test_published_weights_are_s16s():
     weights = to_paddle(draw_weights(timm_shapes(load("gmlp_s16_224"))))
     assert len(weights) == 306 and sum(np.size(v) for v in weights.values()) == 19_422_656
+
+
+def test_keys_and_flags_that_paddlevit_lacks_are_all_marked_new_and_no_others():
+    paddlevits = {
+        f"{section}.{name}".strip(".")
+        for section, names in PADDLEVITS_KEYS.items()
+        for name in names.split()
+    }
+    meanings = config_table.meanings()
+    marked = {key for key in config.KEYS if meanings[key].startswith("new: ")}
+    assert marked == set(config.KEYS) - paddlevits
+    assert paddlevits <= set(config.KEYS)
+    actions = [a for a in main_multi_gpu.build_parser()._actions if a.dest != "help"]
+    new = {f"-{action.dest}" for action in actions} - {
+        f"-{name}" for name in PADDLEVITS_FLAGS.split()
+    }
+    page = (ROOT / "docs" / "config.md").read_text()
+    sentence = page.split("Flags that PaddleViT does not have: ")[1].split(". ")[0]
+    assert set(re.findall(r"`(-\w+)`", sentence)) == new
+    assert {f"-{action.dest}" for action in actions if "(new" in action.help} == new
+
+
+# Of PaddleViT's gMLP folder, beside BASE.
+PADDLEVITS_KEYS = {
+    "DATA": "BATCH_SIZE BATCH_SIZE_EVAL DATA_PATH DATASET IMAGE_SIZE IMAGE_CHANNELS CROP_PCT "
+    "NUM_WORKERS IMAGENET_MEAN IMAGENET_STD",
+    "MODEL": "TYPE NAME RESUME PRETRAINED NUM_CLASSES DROPOUT ATTENTION_DROPOUT DROPPATH",
+    "MODEL.MIXER": "PATCH_SIZE EMBED_DIM DEPTH MLP_RATIO",
+    "TRAIN": "LAST_EPOCH NUM_EPOCHS WARMUP_EPOCHS WEIGHT_DECAY BASE_LR WARMUP_START_LR END_LR "
+    "GRAD_CLIP ACCUM_ITER LINEAR_SCALED_LR MODEL_EMA MODEL_EMA_DECAY MODEL_EMA_FORCE_CPU SMOOTHING "
+    "COLOR_JITTER AUTO_AUGMENT RAND_AUGMENT RAND_AUGMENT_LAYERS RAND_AUGMENT_MAGNITUDE MIXUP_ALPHA "
+    "MIXUP_PROB MIXUP_SWITCH_PROB MIXUP_MODE CUTMIX_ALPHA CUTMIX_MINMAX RANDOM_ERASE_PROB "
+    "RANDOM_ERASE_MODE RANDOM_ERASE_COUNT RANDOM_ERASE_SPLIT",
+    "TRAIN.OPTIMIZER": "NAME EPS BETAS",
+    "": "SAVE SAVE_FREQ REPORT_FREQ VALIDATE_FREQ SEED EVAL AMP",
+}
+PADDLEVITS_FLAGS = (
+    "cfg dataset data_path output batch_size batch_size_eval image_size accum_iter pretrained "
+    "resume last_epoch eval amp"
+)
 
 
 def test_the_key_table_is_the_tools_output():

@@ -125,6 +125,19 @@ def test_the_scripts_train_and_evaluate(few_digits, tmp_path):
     assert json.loads(result.read_text())["images"] == 101
 
 
+def test_the_demo_in_a_folder_that_cannot_be_written_offers_a_copy(tmp_path):
+    folder = tmp_path / "read only"
+    folder.mkdir()
+    script = ROOT / "run_demo.sh"
+    mount = f"mount -t tmpfs none '{folder}' && cp '{script}' '{folder}'"
+    mounted = run(["unshare", "-m", "sh", "-c", f"{mount} && mount -o remount,ro '{folder}'"])
+    if mounted.status:
+        pytest.skip("no mounts here: " + mounted.err)
+    command = f"{mount} && mount -o remount,ro '{folder}' && sh '{folder}/run_demo.sh'"
+    result = run(["unshare", "-m", "sh", "-c", command])
+    result.refused(2, f"{folder} cannot be written", f"cp -r '{folder}' \"$HOME/gmlp\"")
+
+
 def test_an_unsupported_python_is_named(tmp_path):
     result = scripted("run_tests.sh", PYTHON="/bin/false", VENV=str(tmp_path / "venv"))
     result.refused(1, "PYTHON is /bin/false", "3.9 to 3.13")
