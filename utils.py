@@ -210,7 +210,7 @@ AGAIN = "links to a folder above or one that was read already"
 # Jupyter.  Lower case, as these systems do not tell case.
 _SYSTEM_FOLDERS = {
     "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb",
-    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000",
+    "__macosx", "$recycle.bin", "system volume information", "lost+found", "found.000",
     "lost.dir", ".ipynb_checkpoints",
 }  # fmt: skip
 # Formats that Pillow recognizes, and cannot read without another program or library.

@@ -105,6 +105,7 @@ def test_a_notebook_runs_a_tool_and_keeps_its_own_signal_handlers(monkeypatch):
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setitem(sys.modules, "IPython", None)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, NotebookStream())
     tool = Tool(work)

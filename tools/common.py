@@ -126,8 +126,9 @@ def run(parser, work, argv=None):
         print(f"{parser.prog}: {describe_error(error)}", file=sys.stderr)
         return 1
     finally:
-        for number, handler in handlers.items():  # a notebook's, which goes on
-            signal.signal(number, handler)
+        if "IPython" in sys.modules:  # a notebook, which goes on
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 _ASKED_WRONGLY = (
