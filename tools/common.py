@@ -102,8 +102,6 @@ def run(parser, work, argv=None):
     for name in filter(_OF_A_RANK.match, list(os.environ)):
         del os.environ[name]
     show_warnings_of(parser.prog)
-    with contextlib.suppress(AttributeError):  # a notebook's stream, which takes any text
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text of this terminal
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, leave)
     try:
