@@ -74,6 +74,11 @@ def test_folders_that_a_system_makes_are_left_out(tmp_path):
     assert found_in(tmp_path / "@eaDir")[0] == ["y/x.jpg"]  # where it is asked for
 
 
+def test_the_order_is_that_of_the_names_bytes_whatever_a_locale_makes_of_them(tmp_path):
+    touch(tmp_path, os.fsdecode(b"\xff.png"), "\uff00.png", "a.png")  # a lone surrogate is smaller
+    assert found_in(tmp_path)[0] == ["a.png", "\uff00.png", "\udcff.png"]
+
+
 def test_a_folder_that_cannot_be_read_is_named_and_the_others_are(tmp_path, unreadable):
     touch(tmp_path, "a.jpg", "closed/b.jpg", "stale/c.jpg", "open/d.jpg")
     unreadable(tmp_path / "closed")
