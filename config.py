@@ -151,6 +151,7 @@ KEYS = {
     "AMP_DTYPE": _text("float16", choices=["float16", "bfloat16"]),
 }
 # fmt: on
+_PATHS = ("DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "SAVE")
 _ORDERED = ("TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.CUTMIX_MINMAX")  # [min, max]
 # Keys that are gone: YAML files that have them still load, with this sentence for any other value.
 _GONE = {
@@ -378,6 +379,8 @@ def _set(config, key, value, source):
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
+    if key in _PATHS and isinstance(value, str):  # in a file, or in -output=~/out, no shell does it
+        value = os.path.expanduser(value)
     try:
         config[name] = _convert(key, value)
     except ValueError as error:
@@ -412,6 +415,8 @@ def _convert(key, value):
         if not is_list or spec.length not in (_ANY, len(value)):
             what = "names" if spec.length == _ANY else f"{spec.length} numbers"
             raise ValueError(f"must be a list of {what}, not {show(value)}")
+        if spec.kind is not str:  # 5e-2 is text in YAML
+            value = [_literal(item) if isinstance(item, str) else item for item in value]
         value = type(spec.default or [])(_convert_one(spec, item) for item in value)
         if key in _ORDERED and value[0] > value[1]:
             raise ValueError(f"is {show(value)}, the first value must be the smaller")

@@ -159,6 +159,8 @@ class ImageDataset(paddle.io.Dataset):
         except Exception as error:  # Pillow's readers raise nearly anything on damaged files
             place = self.images.place(index)
             sentence = f"cannot read {show_path(path)}: {cause(error)}"
+            if "\\" in path and os.path.exists(path.replace("\\", "/")):
+                sentence += "; write / for \\, which separates folders on Windows alone"
             raise DataError(f"{place}: {sentence}" if place else sentence) from error
 
 

@@ -13,7 +13,7 @@ import yaml
 from program import ROOT
 
 import config as config_module
-from config import ConfigError, get_config, update_config
+from config import ConfigError, get_config, update_config, value_of
 from gmlp import build_gmlp
 from training import optim
 
@@ -537,6 +537,24 @@ def test_a_mistake_in_a_parent_file_names_the_parent(tmp_path):
     for text in ("DATA: {BATCH_SIZE: text}", "DATA: {BATCH_SIZE: 0}", "DATA: {BATCH_SIZ: 1}"):
         write(tmp_path, "parent.yaml", text)
         assert str(tmp_path / "parent.yaml") in refusal(get_config, child)
+
+
+@pytest.mark.parametrize("key", ["SAVE", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME"])
+def test_a_path_may_begin_with_the_home_folder(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    *sections, name = key.split(".")
+    tree = {name: "~/a b"}
+    for section in sections:
+        tree = {section: tree}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    for config in (get_config(tmp_path / "a.yaml"), update(opts=[key, "~/a b"])):
+        assert value_of(config, key) == "/home/me/a b"
+
+
+def test_numbers_with_an_exponent_are_numbers_in_lists_too(tmp_path):
+    (tmp_path / "a.yaml").write_text("TRAIN: {CROP_SCALE: [5e-2, 1], BASE_LR: 1e-3}\n")
+    config = get_config(tmp_path / "a.yaml")
+    assert config.TRAIN.CROP_SCALE == [0.05, 1.0] and config.TRAIN.BASE_LR == 0.001
 
 
 @pytest.mark.parametrize("parents", [["a.yaml"], ["b.yaml", "a.yaml"], ["b.yaml", "./x/../a.yaml"]])

@@ -97,6 +97,19 @@ def refusal(function, *arguments):
     return message
 
 
+def test_a_list_from_windows_is_told_what_separates_folders(tmp_path):
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a.png")
+    (tmp_path / "val_list.txt").write_text("train\\a.png 0\ntrain\\b.png 0\n")
+    config = get_config()
+    config.DATA.DATA_PATH = str(tmp_path)
+    data = build_dataset(config, train=False)
+    with pytest.raises(DataError, match=r"val_list.txt:1: .*write / for \\"):
+        data.read(0)
+    with pytest.raises(DataError, match=r"val_list.txt:2: .*b\.png: No such file or directory$"):
+        data.read(1)
+
+
 # --- lists ---
 
 
