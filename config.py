@@ -65,7 +65,8 @@ KEYS = {
     "DATA.IMAGENET_STD": _reals([0.5] * 3, 3, _ABOVE_0),  # per channel, of pixels scaled to 0..1
 
     "MODEL.TYPE": _text("gmlp"),  # the model family; only a label
-    "MODEL.NAME": _text("gmlp"),  # the variant; -resume auto looks for checkpoints of this name
+    # the variant; -resume auto looks for checkpoints of this name
+    "MODEL.NAME": _text("gmlp", high=200),
     "MODEL.RESUME": _text(None, none=True),  # checkpoint to go on from; "auto": newest under SAVE
     "MODEL.PRETRAINED": _text(None, none=True),  # weights to start or to evaluate with
     "MODEL.NUM_CLASSES": _whole(1000, 1, 2**31 - 1),  # labels are 0 .. NUM_CLASSES - 1
@@ -159,6 +160,7 @@ _GONE = {
 }
 _YAML_LIMIT = 1 << 15  # characters of a file; a few thousand are normal, and PyYAML takes its time
 _DEPTH_LIMIT = 50  # of lists and sections in each other; a configuration has four
+_NAMES_LIMIT = 100  # of a list; what a checkpoint holds of it is checked when it is read
 _LITERAL_LIMIT = 200  # characters of a Python literal, such as (0.9, 0.999)
 
 # The program's flag -> the keys that it sets.
@@ -412,6 +414,8 @@ def _convert(key, value):
         return None
     if spec.length:
         is_list = isinstance(value, (list, tuple)) and len(value) > 0
+        if is_list and len(value) > _NAMES_LIMIT:
+            raise ValueError(f"has {len(value):,} values, it may have {_NAMES_LIMIT}")
         if not is_list or spec.length not in (_ANY, len(value)):
             what = "names" if spec.length == _ANY else f"{spec.length} numbers"
             raise ValueError(f"must be a list of {what}, not {show(value)}")
@@ -451,6 +455,10 @@ def _convert_one(spec, value):
         raise ValueError(f"must be {name[spec.kind]}, not {show(value)}")
     if spec.kind is str and not _is_plain(value):
         raise ValueError(f"is {show(value)}, with a character that no path can hold")
+    if spec.kind is str and not (spec.high == _NO_LIMIT or value.isprintable()):
+        raise ValueError(f"is {show(value)}, it must be printable")
+    if spec.kind is str and len(value) > spec.high:
+        raise ValueError(f"has {len(value):,} characters, it may have {spec.high}")
     if spec.low is not None and not spec.low <= value <= spec.high:  # true for NaN
         raise ValueError(f"is {show(value)}, it must be {describe_range(spec)}")
     return value

@@ -46,6 +46,16 @@ class ImageSource:
         """Where a person finds the image in this data set, such as "list:line"; may be empty."""
         return ""
 
+    def digest(self, root):
+        """What tells images and labels, in their order, from others: 64 hex digits.
+
+        A resumed run compares it.  `root` is the data set's folder, which may be elsewhere then.
+        """
+        paths = (os.fspath(self.image_path(index)) for index in range(len(self)))
+        paths = "\0".join(path.removeprefix(os.path.join(root, "")) for path in paths)
+        labels = np.asarray(self.labels, dtype="<i4").tobytes()
+        return hashlib.sha256(os.fsencode(paths) + b"\0" + labels).hexdigest()
+
 
 class ImageList(ImageSource):
     """A list file: paths, labels and line numbers in flat buffers.
@@ -97,8 +107,7 @@ class ImageList(ImageSource):
     def place(self, index):
         return f"{self.name}:{self._numbers[index]}"
 
-    def digest(self):
-        """What tells this list from others (training/state.py)."""
+    def digest(self, root):
         digest = hashlib.sha256(self._paths)
         for numbers in (self._ends, self.labels):
             digest.update(numbers.tobytes())

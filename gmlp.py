@@ -239,7 +239,7 @@ class Sizes(NamedTuple):
     @classmethod
     def from_config(cls, config):
         """The sizes in a config; raises ValueError, with the key, where they make no model."""
-        return cls(*operator.attrgetter(*KEYS)(config)).checked()
+        return cls(*operator.attrgetter(*SIZE_KEYS)(config)).checked()
 
     @classmethod
     def from_weights(cls, weights):
@@ -272,6 +272,7 @@ class Sizes(NamedTuple):
                 "a shape has the wrong number of axes, or is not the same in all blocks"
             ) from None
         squares = (patch_size, num_tokens) == (width, tokens_out)
+        squares = squares and math.isqrt(num_tokens) ** 2 == num_tokens
         if not (squares and dim == dim_inside == dim_last > 0):
             raise ValueError("its shapes do not fit together")
         ratio = hidden_dim / dim
@@ -282,7 +283,7 @@ class Sizes(NamedTuple):
 
     def checked(self):
         """Itself; raises ValueError, with the key, where these sizes make no model."""
-        for key, value in zip(KEYS[:6], self):
+        for key, value in zip(SIZE_KEYS[:6], self):
             if value < 1:
                 raise ValueError(f"{key} is {value}, it must be at least 1")
         for key, rate in (("MODEL.DROPOUT", self.dropout), ("MODEL.DROPPATH", self.drop_path)):
@@ -303,7 +304,7 @@ class Sizes(NamedTuple):
 
 
 # The config's key of each of the Sizes, in their order.
-KEYS = (
+SIZE_KEYS = (
     "DATA.IMAGE_SIZE", "DATA.IMAGE_CHANNELS", "MODEL.NUM_CLASSES", "MODEL.MIXER.PATCH_SIZE",
     "MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH", "MODEL.MIXER.MLP_RATIO", "MODEL.DROPOUT",
     "MODEL.DROPPATH",
@@ -325,7 +326,7 @@ def can_recompute():
 
 
 def build_gmlp(config):
-    """The GMLP that a config describes (its KEYS), with timm's initialization.
+    """The GMLP that a config describes (its SIZE_KEYS), with timm's initialization.
 
     Raises:
         ValueError: sizes that make no model; the message names the key.

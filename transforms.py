@@ -145,9 +145,8 @@ def normalize(images, mean, std):
     Returns:
         Tensor [batch, channels, height, width] of their type.
     """
-    if (
-        not paddle.in_dynamic_mode()
-    ):  # in an exported program: plain operators, which its engine fuses
+    # In an exported program: plain operators, which its engine fuses.
+    if not paddle.in_dynamic_mode():
         images = images.astype(mean.dtype).transpose([0, 3, 1, 2])
         return (images / 255 - mean.reshape([-1, 1, 1])) / std.reshape([-1, 1, 1])
     # Transposing bytes moves a quarter of the data, and a batch norm with fixed statistics does the

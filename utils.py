@@ -60,6 +60,12 @@ def write_text(path, text, mode="w"):
         raise cannot_be_written(path, error) from error
 
 
+def replace_text(path, text):
+    """Writes a text file, whole or not at all.  Raises OSError as write_text."""
+    with new_file(path) as temporary:
+        write_text(temporary, text)
+
+
 def text_lines(path, limit):
     """The lines of a text file that are not blank, after a byte order mark.
 

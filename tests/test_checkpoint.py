@@ -252,6 +252,14 @@ def test_a_checkpoint_has_all_its_names_and_the_one_before_has_one(tmp_path):
     assert epochs_in(tmp_path) == {"last": 3, "previous": 2, "best": 1, "Epoch-1": 1, "Epoch-2": 2}
 
 
+def test_what_a_run_went_on_from_becomes_the_one_before(tmp_path):
+    checkpoint.save(tmp_path, {"epoch": 1})
+    checkpoint.save(tmp_path, {"epoch": 2}, last_good=str(tmp_path / "last.pdparams"))
+    pdparams.write(tmp_path / "new.pdparams", {"epoch": 3})  # what a kill leaves
+    checkpoint.save(tmp_path, {"epoch": 4}, last_good=str(tmp_path / "new.pdparams"))
+    assert epochs_in(tmp_path) == {"last": 4, "previous": 3}
+
+
 def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypatch):
     folder = tmp_path / "train-1"
     folder.mkdir()
@@ -263,7 +271,7 @@ def test_names_are_copies_where_the_file_system_has_no_links(tmp_path, monkeypat
     checkpoint.save(folder, {"epoch": 1}, ["best"])
     checkpoint.save(folder, {"epoch": 2}, ["Epoch-2"], last_good=str(folder / "last.pdparams"))
     assert epochs_in(folder) == {"last": 2, "previous": 1, "best": 1, "Epoch-2": 2}
-    assert len(resume.candidates(str(tmp_path))) == 4
+    assert len(resume.candidates([folder])) == 4
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_does_not_replace_the_one_before(tmp_path):

@@ -551,6 +551,18 @@ def test_a_path_may_begin_with_the_home_folder(key, tmp_path, monkeypatch):
         assert value_of(config, key) == "/home/me/a b"
 
 
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (f"MODEL: {{NAME: {'a' * 201}}}", "has 201 characters, it may have 200"),
+        ('MODEL: {NAME: "a\\tb"}', "it must be printable"),
+        (f"TRAIN: {{RAND_AUGMENT_OPERATORS: [{', '.join(['Invert'] * 101)}]}}", "has 101 values"),
+    ],
+)
+def test_what_a_checkpoint_could_not_hold_is_refused_before_the_run(tmp_path, text, reason):
+    assert reason in refusal(get_config, write(tmp_path, text=text))
+
+
 def test_numbers_with_an_exponent_are_numbers_in_lists_too(tmp_path):
     (tmp_path / "a.yaml").write_text("TRAIN: {CROP_SCALE: [5e-2, 1], BASE_LR: 1e-3}\n")
     config = get_config(tmp_path / "a.yaml")

@@ -13,7 +13,7 @@ from paddle import nn
 from paddle.nn import functional as F
 from program import ROOT, run
 
-from gmlp import GMLP, KEYS, DropPath, GMLPBlock, Sizes, build_gmlp, can_recompute
+from gmlp import GMLP, SIZE_KEYS, DropPath, GMLPBlock, Sizes, build_gmlp, can_recompute
 from tools.model_table import count_multiply_adds, count_parameters
 
 VARIANTS = ("gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224")
@@ -407,7 +407,7 @@ def test_sizes_are_found_again_from_weights_and_from_a_config(sizes):
     assert found._replace(mlp_ratio=0) == sizes._replace(mlp_ratio=0)
     assert found.hidden_dim == sizes.hidden_dim
     config = tiny_config()
-    for key, value in zip(KEYS, found):
+    for key, value in zip(SIZE_KEYS, found):
         *sections, name = key.split(".")
         functools.reduce(getattr, sections, config)[name] = value
     assert Sizes.from_config(config) == found

@@ -128,11 +128,38 @@ def test_another_models_checkpoints_do_not_count(run, tmp_path):
 
 def test_what_came_since_the_search_is_noticed(run, tmp_path):
     start = start_of(run, [])
-    assert not is_outdated(run[0], 0, start)
+    assert not is_outdated(0, start)
     os.utime(tmp_path / "train-1" / "last.pdparams", (99, 99))
-    assert is_outdated(run[0], 0, start)
-    run[0].MODEL.RESUME = "some file"
-    assert not is_outdated(run[0], 0, Start())
+    assert is_outdated(0, start)
+    assert not is_outdated(0, Start())
+
+
+def test_what_another_run_saves_meanwhile_is_none_of_this_one(run, write, tmp_path):
+    start = start_of(run, [])
+    write("last", 9, run="train-2")
+    os.utime(tmp_path / "train-2" / "last.pdparams", (2000, 2000))
+    assert not is_outdated(0, start)
+    # And where this one's has come too, only its own folder is looked into.
+    newer = write("last", 3)
+    assert is_outdated(0, start)
+    folder = os.path.dirname(start.path)
+    again = find_start(*run, rank=0, warn=print, folder=folder)
+    assert again.path == str(newer) and again.tree["epoch"] == 3
+
+
+def test_the_folder_of_a_run_goes_on_in_that_run_alone(run, write, tmp_path):
+    write("last", 9, run="train-2")
+    os.utime(tmp_path / "train-2" / "last.pdparams", (2000, 2000))
+    assert start_of(run, []).tree["epoch"] == 9
+    run[0].MODEL.RESUME, said = str(tmp_path / "train-1"), []
+    start = start_of(run, said)
+    assert start.tree["epoch"] == 2 and start.in_place and said == []
+    run[0].MODEL.RESUME = str(tmp_path / "train-1" / "last.pdparams")
+    assert not start_of(run, []).in_place
+    (tmp_path / "empty").mkdir()
+    run[0].MODEL.RESUME = str(tmp_path / "empty")
+    with pytest.raises(WeightsError, match=r"-resume: no checkpoint of tiny under .*empty$"):
+        start_of(run, [])
 
 
 def test_only_checkpoints_of_trainings_are_candidates(run, tmp_path):
@@ -141,7 +168,7 @@ def test_only_checkpoints_of_trainings_are_candidates(run, tmp_path):
     (tmp_path / "eval-1" / "last.pdparams").touch()
     (tmp_path / "train-1" / "Epoch-2.pdparams").symlink_to("/nowhere")
     (tmp_path / "train-1" / "mine.pdparams").touch()
-    names = [os.path.basename(path) for path in resume.candidates(str(tmp_path))]
+    names = [os.path.basename(path) for path in resume.candidates([tmp_path / "train-1"])]
     assert names == ["last.pdparams", "previous.pdparams", "Epoch-1.pdparams"]
 
 

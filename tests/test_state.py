@@ -23,7 +23,7 @@ def write_list(folder, lines=LINES):
 def make_training(config, images="an id", warnings=None):
     """What state reads of a Training, at the start of its second epoch."""
     run = types.SimpleNamespace(
-        train_data=range(24), world_size=1, amp=False, on_gpu=False, list_digest=images,
+        train_data=range(24), world_size=1, amp=config.AMP, on_gpu=False, list_digest=images,
         log=types.SimpleNamespace(warning=(warnings if warnings is not None else []).append),
     )  # fmt: skip
     updater = types.SimpleNamespace(move_to=lambda step: None)
@@ -61,7 +61,7 @@ def another(key):
 
 @pytest.mark.parametrize("key", [*state.DECIDES, "SEED", "DATA.BATCH_SIZE", "MODEL.NAME"])
 def test_a_key_that_decides_is_named_with_both_values_where_it_differs(key, tmp_path):
-    before, after = config_of("tiny"), config_of("tiny")
+    before, after = with_effect(key), with_effect(key)
     _set(after, key, another(key))
     said = warnings_of(make_training(before), make_training(after))
     name = next((own for own, full in state.OWN_NAMES.items() if full == key), key)
@@ -73,6 +73,24 @@ def test_a_key_that_decides_is_named_with_both_values_where_it_differs(key, tmp_
     tree = {"model": {"a": np.zeros(1, "float32")}, "run": state.run_facts(make_training(after))}
     pdparams.write(path, tree)
     assert state.read(path)["run"] == tree["run"]
+
+
+def with_effect(key):
+    """The tiny config, with the switch on that a key needs to have an effect."""
+    config = config_of("tiny")
+    config.TRAIN.MODEL_EMA = key.startswith("TRAIN.MODEL_EMA_")
+    config.TRAIN.RAND_AUGMENT = key not in ("TRAIN.AUTO_AUGMENT", "TRAIN.COLOR_JITTER")
+    config.AMP = key == "AMP_DTYPE"
+    return config
+
+
+@pytest.mark.parametrize(
+    "key", ["AMP_DTYPE", "TRAIN.MODEL_EMA_DECAY", "TRAIN.COLOR_JITTER", "TRAIN.AUTO_AUGMENT"]
+)
+def test_a_key_that_has_no_effect_is_not_compared(key):
+    after = config_of("tiny")
+    _set(after, key, another(key))
+    assert warnings_of(make_training(config_of("tiny")), make_training(after)) == []
 
 
 def _set(config, key, value):
@@ -103,7 +121,7 @@ def test_what_an_older_checkpoint_does_not_say_is_not_compared():
 def test_another_list_of_training_images_is_said(tmp_path, lines):
     config = config_of("tiny")
     lists = [write_list(tmp_path / "a"), write_list(tmp_path / "b", lines)]
-    digests = [state.digest(images, str(tmp_path)) for images in lists]
+    digests = [images.digest(str(tmp_path)) for images in lists]
     said = warnings_of(*(make_training(config, digest) for digest in digests))
     assert len(said) == 1 and "another list of training images, labels or their order" in said[0]
 
@@ -120,10 +138,10 @@ class Folder(ImageSource):
 
 def test_the_same_list_in_another_folder_is_the_same(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    digests = [state.digest(write_list(folder), str(folder)) for folder in (here, there)]
+    digests = [write_list(folder).digest(str(folder)) for folder in (here, there)]
     assert digests[0] == digests[1]
     sources = [Folder(folder, ["a/1", "a/2"], [0, 1]) for folder in (here, there)]
-    first, second = (state.digest(each, str(each.root)) for each in sources)
+    first, second = (each.digest(str(each.root)) for each in sources)
     assert first == second
     for names, labels in (("a/2 a/1", [0, 1]), ("a/1 a/2", [1, 1]), ("b/1 b/2", [0, 1])):
-        assert state.digest(Folder(here, names.split(), labels), str(here)) != first
+        assert Folder(here, names.split(), labels).digest(str(here)) != first

@@ -12,7 +12,7 @@ from ranks import stop
 from ranks.collective import all_reduce_sum
 from training.inference import choose_model
 from transforms import BatchTransform
-from utils import progress_bar, to_json, write_text
+from utils import progress_bar, replace_text, to_json
 from weights import pdparams
 
 
@@ -112,22 +112,24 @@ def validate_run(run, model, title):
 
 def evaluate(run):
     """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
+    path = run.config.MODEL.PRETRAINED
+    # Before the evaluation: a training that still runs may replace the file meanwhile.
+    digest = pdparams.sha256(path) if run.rank == 0 else None
     model = choose_model(run)
     start = time.perf_counter()
     scores = validate_run(run, model, "eval")
     seconds = time.perf_counter() - start
-    path = run.config.MODEL.PRETRAINED
     result = {
         **scores,
         "seconds": round(seconds, 3),
         "images_per_second": round(scores["images"] / seconds, 2),
         "weights": path,
-        "weights_sha256": pdparams.sha256(path),
+        "weights_sha256": digest,
     }
     run.log.info(describe(scores))
     run.metrics.write(kind="eval", **result)
     if run.rank == 0:
-        write_text(os.path.join(run.folder, "eval.json"), to_json(result, indent=2) + "\n")
+        replace_text(os.path.join(run.folder, "eval.json"), to_json(result, indent=2) + "\n")
     run.log.info(f"outputs in {run.folder}")
     stop.leave_together()
     return 0

@@ -19,15 +19,17 @@ from weights.checkpoint import NotThisModel, check_weights
 class Start(NamedTuple):
     """Where a run goes on: a checkpoint's path and tree, or None for both.
 
-    `seen`: the candidates() that `-resume auto` chose from; {} on other ranks than 0.
+    `in_place`: the run goes on in the checkpoint's folder; `seen`: on rank 0, the checkpoints that
+    it was chosen from.
     """
 
     path: Optional[str] = None
     tree: Optional[dict] = None
-    seen: dict = {}  # noqa: RUF012
+    in_place: bool = False
+    seen: Optional[dict] = None
 
 
-def find_start(config, model, rank, warn):
+def find_start(config, model, rank, warn, folder=None):
     """The checkpoint that MODEL.RESUME means, with its weights in the model; a collective.
 
     Args:
@@ -35,25 +37,28 @@ def find_start(config, model, rank, warn):
         model: the run's model, which is changed where there is a checkpoint.
         rank: of this process.
         warn: called with sentences for the log.
+        folder: of the one run to look in; None for what MODEL.RESUME means.
 
     Raises:
         WeightsError: the file cannot be used, or is another model's.
     """
-    path, tree, seen = config.MODEL.RESUME, None, {}
+    path, tree, seen = folder or config.MODEL.RESUME, None, None
     if not path or config.EVAL:  # a file's RESUME is for training
         return Start()
-    is_auto = path == "auto"
+    is_folder = broadcast_object(rank == 0 and os.path.isdir(path))
+    is_auto = is_folder or path == "auto"
     if is_auto:
         if rank == 0:
-            seen = candidates(config.SAVE)
-            path, tree = _choose(config.SAVE, config.MODEL.NAME, warn)
+            runs = [path] if is_folder else _runs(config.SAVE)
+            seen = candidates(runs)
+            path, tree = _choose(runs, config.MODEL.NAME, warn)
         stop.barrier()  # reading large files may have taken rank 0 long
         path = broadcast_object(path)
         if path is None:
-            warn(
-                f"-resume auto: no checkpoint of {config.MODEL.NAME} under {config.SAVE}, "
-                "starting fresh"
-            )
+            nothing = f"no checkpoint of {config.MODEL.NAME} under"
+            if is_folder:
+                raise WeightsError(f"-resume: {nothing} {config.MODEL.RESUME}")
+            warn(f"-resume auto: {nothing} {config.SAVE}, starting fresh")
             return Start(seen=seen)
     tree = _read_everywhere(path, tree, is_auto, rank, warn)
     try:
@@ -67,23 +72,26 @@ def find_start(config, model, rank, warn):
             f"-resume auto: the newest run of {config.MODEL.NAME} under {config.SAVE} is one of "
             f"another model or data set: give this run an -output of its own ({error})"
         ) from None
-    return Start(path, tree, seen)
+    return Start(path, tree, is_auto, seen)
 
 
-def is_outdated(config, rank, start):
-    """Whether checkpoints have come since `-resume auto` looked; a collective.
+def is_outdated(rank, start):
+    """Whether the run's folder has other checkpoints than when `start` was chosen; a collective.
 
-    The run that had the folder until now may have saved once more before it ended.
+    The run that had the folder until now may have saved once more before it ended.  What other runs
+    have saved does not count.
     """
-    if config.MODEL.RESUME != "auto":
+    if not start.in_place:
         return False
-    return broadcast_object(rank == 0 and candidates(config.SAVE) != start.seen)
+    folder = os.path.dirname(start.path)
+    seen = {p: time for p, time in (start.seen or {}).items() if os.path.dirname(p) == folder}
+    return broadcast_object(rank == 0 and candidates([folder]) != seen)
 
 
-def candidates(save_folder):
-    """The training checkpoints of all runs in a folder: path to time (ns)."""
+def candidates(runs):
+    """The training checkpoints in the folders of runs: path to time (ns)."""
     times = {}
-    for folder in _runs(save_folder):
+    for folder in runs:
         for path in _newest(folder) + _others(folder):
             with contextlib.suppress(OSError):  # a dangling link
                 times[path] = os.stat(path).st_mtime_ns
@@ -109,13 +117,13 @@ def _others(folder):
     return [*_named(folder, "previous", "best"), *checkpoint.epochs_in(folder)]
 
 
-def _choose(save_folder, model_name, warn):
+def _choose(runs, model_name, warn):
     """(path, tree) of the checkpoint to go on from, or (None, None).
 
-    The newest run of a model of this name, and of that the checkpoint which is furthest.  A
+    The newest of the runs of a model of this name, and of that the checkpoint which is furthest.  A
     checkpoint's name and contents say how far it is; the time of a file may be that of a copy.
     """
-    times = {folder: _last_sign_of(folder) for folder in _runs(save_folder)}
+    times = {folder: _last_sign_of(folder) for folder in runs}
     runs = sorted((when, folder) for folder, when in times.items() if when is not None)
     for written, folder in reversed(runs):
         path, tree = _furthest(_newest(folder), warn)
@@ -125,9 +133,9 @@ def _choose(save_folder, model_name, warn):
             if len(runs) > 1:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
                 warn(
-                    f"-resume auto: of {len(runs)} runs under {save_folder} it goes on with "
-                    f"{os.path.basename(folder)}, which wrote last, at {when} (another one: "
-                    "-resume FILE)"
+                    f"-resume auto: of {len(runs)} runs under {os.path.dirname(folder)} it goes on "
+                    f"with {os.path.basename(folder)}, which wrote last, at {when} (another one: "
+                    "-resume FOLDER)"
                 )
             return path, tree  # where its weights do not fit, it will be refused
     return None, None
@@ -165,7 +173,7 @@ def _last_sign_of(folder):
     if not paths:
         return None
     written = last_time(os.path.join(folder, "metrics.jsonl"))
-    return written or max(os.stat(path).st_mtime for path in paths)
+    return written or max(candidates([folder]).values(), default=0) / 1e9
 
 
 def _read_everywhere(path, tree, require_checksum, rank, warn):

@@ -20,7 +20,7 @@ from ranks.collective import broadcast_object, init_distributed
 from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
-from training import optim, resume, state
+from training import optim, resume
 from training.whose import whose
 from utils import (
     DataError,
@@ -28,9 +28,9 @@ from utils import (
     cause,
     lock,
     remove_temporary_files,
+    replace_text,
     setup_logging,
     show,
-    write_text,
 )
 from weights import WeightsError, load_into
 from weights.checkpoint import NotThisModel
@@ -72,17 +72,22 @@ class Run:
             self.val_data = build_dataset(config, train=False)
             self.train_data = None if config.EVAL else build_dataset(config, train=True)
         except DataError:
-            self._compare_weights()  # labels that do not fit may only mean a wrong -cfg
+            self._refuse_other_weights()  # labels that do not fit may only mean a wrong -cfg
             raise
-        self.start = self._find_start()
+        said = []
+        self.start = resume.find_start(config, self.model, self.rank, said.append)
         self._load_pretrained()
         if config.EVAL or not config.TRAIN.RECOMPUTE:  # who recomputes has no memory to spare
             keep_freed_memory()
         self.folder = self._make_folder()
-        report_folder(self.folder)
         self._claim_folder()
-        if resume.is_outdated(config, self.rank, self.start):
-            self.start = self._find_start()
+        report_folder(self.folder)
+        if resume.is_outdated(self.rank, self.start):
+            said.clear()
+            self.start = resume.find_start(
+                config, self.model, self.rank, said.append, folder=self.folder
+            )
+        self.warnings += said
         self.log = setup_logging(self.folder, self.rank)
         self.metrics = MetricsFile(self.folder, self.rank)
         self._log_start()
@@ -105,19 +110,15 @@ class Run:
             )
         return amp
 
-    def _find_start(self):
-        return resume.find_start(self.config, self.model, self.rank, self.warnings.append)
-
-    def _compare_weights(self):
+    def _refuse_other_weights(self):
         """Raises NotThisModel where the weights that are asked for are another model's."""
         path = self.config.MODEL.PRETRAINED or self.config.MODEL.RESUME
         if path and path != "auto":
             try:
                 load_into(self.model, path, allow_new_head=not self.config.EVAL)
-            except NotThisModel:
-                raise
-            except WeightsError:
-                return
+            except WeightsError as error:
+                if isinstance(error, NotThisModel):
+                    raise
 
     def _load_pretrained(self):
         config, path = self.config, self.config.MODEL.PRETRAINED
@@ -134,7 +135,7 @@ class Run:
 
     def _make_folder(self):
         """The run's folder, which rank 0 names for all; a resumed run goes on in its own."""
-        if self.start.path and self.config.MODEL.RESUME == "auto":
+        if self.start.in_place:
             folder = os.path.dirname(self.start.path)
             os.makedirs(folder, exist_ok=True)  # on another host that does not share the disk
             return folder
@@ -166,7 +167,7 @@ class Run:
         settings = self.config.clone()
         settings.defrost()
         settings.MODEL.RESUME = None  # the file evaluates what comes of the run, and repeats it
-        write_text(os.path.join(self.folder, "config.yaml"), settings.dump())
+        replace_text(os.path.join(self.folder, "config.yaml"), settings.dump())
 
     def _log_start(self):
         parameters = sum(int(param.size) for param in self.model.parameters())
@@ -183,8 +184,8 @@ class Run:
 
     @functools.cached_property
     def list_digest(self):
-        """What tells the training images and labels from others; see state.digest."""
-        return state.digest(self.train_data.images, self.config.DATA.DATA_PATH)
+        """What tells the training images and labels from others; see ImageSource.digest."""
+        return self.train_data.images.digest(self.config.DATA.DATA_PATH)
 
     def loader(self, dataset, sampler):
         """The batches of a sampler; see ranks.loader.build_loader."""
@@ -247,7 +248,8 @@ def git_revision():
 
     def output(*words):
         command = [*git, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+        done = subprocess.run(command, capture_output=True, check=True, env=env)
+        return os.fsdecode(done.stdout)  # the path of a clone may be no UTF-8
 
     try:
         # Not the revision of some other repository that this folder happens to lie in.
@@ -259,6 +261,6 @@ def git_revision():
     except subprocess.CalledProcessError as error:
         if not os.path.exists(os.path.join(folder, ".git")):
             return "unknown (not a git checkout)"
-        return f"unknown ({' '.join(error.stderr.split()[:40])})"
+        return f"unknown ({' '.join(os.fsdecode(error.stderr).split()[:40])})"
     except OSError as error:
         return f"unknown (git cannot be run: {cause(error)})"

@@ -5,14 +5,12 @@ plus what an exact resume needs (step, batch, loss, best, run).  Random states a
 draw is a function of the place in the training.
 """
 
-import hashlib
 import math
 import os
 import re
 import warnings
 from typing import NamedTuple
 
-import numpy as np
 import paddle
 
 from config import value_of
@@ -124,7 +122,7 @@ DECIDES = (
     "TRAIN.RANDOM_ERASE_SPLIT",
     "AMP_DTYPE",
 )  # fmt: skip
-# Keys that decide them too, and that a checkpoint has under names of its own.
+# Keys that a checkpoint has under names of its own, as PaddleViT's and earlier ones do.
 OWN_NAMES = {
     "model_name": "MODEL.NAME",
     "batch_size": "DATA.BATCH_SIZE",
@@ -148,7 +146,8 @@ DOES_NOT_DECIDE = (
 def run_facts(training):
     """The facts that must not change for a resumed run to be the same bit for bit."""
     config, run = training.config, training.run
-    settings = {key: value_of(config, key) for key in DECIDES}
+    off = _without_effect(config.TRAIN, run.amp)
+    settings = {key: value_of(config, key) for key in DECIDES if key not in off}
     return {
         "images": len(run.train_data),
         "list": run.list_digest,
@@ -162,20 +161,18 @@ def run_facts(training):
     }
 
 
-def digest(images, root):
-    """What tells images and labels, in their order, from others: 64 hex digits.
-
-    Args:
-        images: an ImageSource; its own `digest()` where it has one, which is faster for a list.
-        root: the data set's folder, which may be another one the next time.
-    """
-    if hasattr(images, "digest"):
-        return images.digest()
-    root = os.path.join(root, "")
-    paths = (os.fspath(images.image_path(index)) for index in range(len(images)))
-    paths = "\0".join(path.removeprefix(root) for path in paths)
-    labels = np.asarray(images.labels, dtype="<i4").tobytes()
-    return hashlib.sha256(os.fsencode(paths) + b"\0" + labels).hexdigest()
+def _without_effect(train, amp):
+    """The keys of DECIDES that another key, or the device, has turned off."""
+    off = {  # by the beginning of their names
+        "AMP_DTYPE": not amp,
+        "TRAIN.WARMUP_EPOCHS": train.WARMUP_STEPS is not None,
+        "TRAIN.AUTO_AUGMENT": train.RAND_AUGMENT,
+        "TRAIN.COLOR_JITTER": train.RAND_AUGMENT or train.AUTO_AUGMENT,
+        "TRAIN.RAND_AUGMENT_": not train.RAND_AUGMENT,
+        "TRAIN.MODEL_EMA_": not train.MODEL_EMA,
+    }
+    begins = tuple(begin for begin, is_off in off.items() if is_off)
+    return [key for key in DECIDES if key.startswith(begins)]
 
 
 # What every run had before checkpoints said so.

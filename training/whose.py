@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-from pathlib import Path
+import warnings
 
-from config import ConfigError, get_config
-from gmlp import KEYS, Sizes
+from config import ConfigError, get_config, recipes
+from gmlp import SIZE_KEYS, Sizes
 from utils import show_path
 
-_ROOT = Path(__file__).resolve().parent.parent
 _FLAGS = {"DATA.IMAGE_SIZE": "-image_size", "MODEL.NUM_CLASSES": "-num_classes"}
 _NOT_OF_WEIGHTS = {"MODEL.DROPOUT", "MODEL.DROPPATH"}
 
@@ -31,7 +30,7 @@ def describe(sizes, path):
 
     def differences(config):
         known = Sizes.from_config(config)
-        changed = {key: own for key, own, other in zip(KEYS, sizes, known) if own != other}
+        changed = {key: own for key, own, other in zip(SIZE_KEYS, sizes, known) if own != other}
         return {key: own for key, own in changed.items() if key not in _NOT_OF_WEIGHTS}
 
     # The config that leaves fewest of the body's keys to say, then one for images of this size.
@@ -39,9 +38,7 @@ def describe(sizes, path):
         keys = differences(configs[name]).keys()
         return sum(key not in _FLAGS for key in keys), "DATA.IMAGE_SIZE" in keys
 
-    configs = _configs_beside(path)
-    for each in sorted((_ROOT / "configs").glob("*.yaml")):
-        configs[f"configs/{each.name}"] = get_config(str(each))
+    configs = {**_configs_beside(path), **{name: get_config(name) for name in recipes()}}
     name = min(configs, key=cost)
     words, opts = [f"-cfg {name}"], []
     for key, value in differences(configs[name]).items():
@@ -54,7 +51,9 @@ def describe(sizes, path):
 
 def _configs_beside(path):
     own = os.path.join(os.path.dirname(path), "config.yaml")
-    with contextlib.suppress(ConfigError, ValueError):  # ValueError: sizes that make no model
+    # ValueError: sizes that make no model; warnings: of keys that are gone.
+    with contextlib.suppress(ConfigError, ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         if os.path.isfile(own):
             config = get_config(own)
             Sizes.from_config(config)

@@ -184,10 +184,9 @@ def load_into(model, path, allow_new_head=False):
             f"{sizes.image_size} pixels"
         )
     if assign_weights(model, weights, path, allow_new_head):
-        sentences.append(
-            f"the head in {path} has another number of classes than the model's "
-            f"{sizes.num_classes}: the head starts anew"
-        )
+        has_head = any(name.startswith(f"{model.head_name}.") for name in weights)
+        why = f"its head is not for {sizes.num_classes} classes" if has_head else "it has no head"
+        sentences.append(f"{path}: {why}: the head starts anew")
     return sentences
 
 
@@ -221,6 +220,9 @@ def save(folder, tree, names=(), last_good=None):
     new, last, previous, *others = (
         os.path.join(folder, f"{name}.pdparams") for name in ("new", "last", "previous", *names)
     )
+    if last_good and os.path.abspath(last_good) == os.path.abspath(new):
+        os.replace(new, last)  # a run goes on from what a kill has left without its other names
+        last_good = last
     pdparams.write(new, tree)  # a name of its own until the others have it: links need one
     for other in others:
         _link(new, other)

@@ -198,9 +198,8 @@ def _size_without_trailer(file, require_checksum):
         raise WeightsError(f"takes {size:,} bytes, more than weights do: use another file")
     body = max(0, size - _TRAILER_SIZE)
     file.seek(body)
-    trailer = file.read(
-        size - body
-    )  # nothing of files in /proc, whose size is 0 and whose read may block
+    # Nothing of files in /proc, whose size is 0 and whose read may block.
+    trailer = file.read(size - body)
     file.seek(0)
     if not trailer.startswith(_TRAILER):
         if require_checksum:
