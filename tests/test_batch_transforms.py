@@ -407,6 +407,15 @@ def test_nothing_is_read_back_from_the_device(monkeypatch, mode, erase_mode, swi
     assert images.dtype == targets.dtype == paddle.float32
 
 
+@pytest.mark.parametrize("alphas", [(0.8, 0.0, None), (0.0, 1.0, None), (0.0, 0.0, [0.3, 0.8])])
+def test_any_kind_of_mixing_is_enough(alphas):
+    mixup, cutmix, minmax = alphas
+    options = {"MIXUP_ALPHA": mixup, "CUTMIX_ALPHA": cutmix, "CUTMIX_MINMAX": minmax}
+    config = make_config(MIXUP_PROB=1.0, SMOOTHING=0.0, **options)
+    targets = np.concatenate([run(config, seed)[1].numpy() for seed in range(4)])
+    assert ((targets > 0) & (targets < 1)).any()
+
+
 def test_training_is_in_paddles_default_type():
     config = make_config(MIXUP_MODE="elem", RANDOM_ERASE_PROB=1.0)
     paddle.set_default_dtype("float64")

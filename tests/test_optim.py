@@ -82,6 +82,12 @@ def test_the_rate_warms_up_linearly_then_follows_half_a_cosine(step, rate):
     assert schedule(step) == pytest.approx(rate, rel=1e-12)
 
 
+def test_a_single_step_after_warm_up_has_the_whole_curve():
+    train = config_of(WARMUP_STEPS=9, NUM_EPOCHS=1, END_LR=1e-5).TRAIN
+    schedule = LearningRate(train, images_per_step=512, steps_per_epoch=10)
+    assert schedule(9) == train.BASE_LR and schedule(10) == pytest.approx(1e-5)
+
+
 def test_without_warm_up_the_first_step_has_the_whole_rate():
     train = config_of(
         WARMUP_START_LR=5.0, BASE_LR=1.0, END_LR=0.0, WARMUP_STEPS=0, NUM_EPOCHS=1

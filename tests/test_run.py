@@ -1,11 +1,16 @@
-"""The parts of a run before its first batch: here, which source tree it is of."""
+"""The parts of a run before its first batch: its source tree, device and precision."""
 
 import os
 import subprocess
+from types import SimpleNamespace
 
+import paddle
 import pytest
 
+from config import get_config
+from ranks.collective import init_distributed
 from training import run
+from training.run import Run
 
 
 @pytest.fixture
@@ -56,3 +61,33 @@ def test_without_a_revision_the_reason_is_said(clone, monkeypatch):
     assert run.git_revision() == "unknown (fatal: not a git repository: /nowhere)"
     monkeypatch.setenv("PATH", "/nowhere")
     assert run.git_revision() == "unknown (git cannot be run: No such file or directory)"
+
+
+@pytest.mark.parametrize(
+    "asked, on_gpu, supported, amp",
+    [(True, True, True, True), (False, True, True, False), (True, True, False, False),
+     (True, False, True, False)],
+)  # fmt: skip
+def test_mixed_precision_is_what_was_asked_for_and_the_device_can(
+    monkeypatch, asked, on_gpu, supported, amp
+):
+    config, said = get_config(), []
+    config.AMP, config.EVAL = asked, True
+    monkeypatch.setattr(paddle.amp, "is_float16_supported", lambda: supported)
+    rank = SimpleNamespace(config=config, on_gpu=on_gpu, warnings=said)
+    assert Run._can_amp(rank) == amp
+    assert bool(said) == (asked and not amp)
+
+
+@pytest.mark.parametrize("named, device", [(None, "gpu:0"), ("2", "gpu:2"), ("1,3", "gpu:1")])
+def test_a_rank_takes_the_gpu_that_its_launcher_names(environment, monkeypatch, named, device):
+    if named:
+        environment(FLAGS_selected_gpus=named)
+    else:
+        monkeypatch.delenv("FLAGS_selected_gpus", raising=False)
+    taken = []
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(paddle, "set_device", taken.append)
+    monkeypatch.delenv("PADDLE_DISTRI_BACKEND", raising=False)
+    monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
+    assert init_distributed() == (0, 1) and taken == [device]

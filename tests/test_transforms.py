@@ -190,6 +190,15 @@ def test_ten_draws_may_fail_before_a_crop_is_the_central_one(too_large, box):
     assert transforms.random_crop_box(1000, 100, rng, (0.01, 1), (3 / 4, 4 / 3)) == box
 
 
+@pytest.mark.parametrize(
+    "size, box", [((200, 100), (100, 0, 200, 100)), ((100, 200), (0, 100, 100, 200))]
+)
+def test_a_crop_may_be_as_wide_or_as_high_as_its_image(size, box):
+    draws = iter([0.5, 0.0])  # half of the area, a square
+    rng = SimpleNamespace(uniform=lambda low, high: next(draws), integers=lambda n: n - 1)
+    assert transforms.random_crop_box(*size, rng, (0.08, 1), (3 / 4, 4 / 3)) == box
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (2, 2)])
 def test_the_crop_of_an_image_of_a_few_pixels_has_one_at_least(size):
     for seed in range(50):
