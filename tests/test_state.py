@@ -114,6 +114,15 @@ def test_what_an_older_checkpoint_does_not_say_is_not_compared():
 
 
 @pytest.mark.parametrize(
+    "batch, words", [(0, "epoch 3"), (4, "epoch 3, batch 5/6"), (6, "the end of epoch 3")]
+)
+def test_what_comes_next_is_said(batch, words):
+    training = make_training(config_of("tiny"))
+    training.place = state.Place(2, batch)
+    assert state._describe_next(training) == words
+
+
+@pytest.mark.parametrize(
     "lines",
     [LINES[::-1], [*LINES[:2], "train/c.png 0"], [*LINES[:2], "train/d.png 1"], LINES[:2]],
     ids=["shuffled", "relabelled", "another image", "shorter"],
