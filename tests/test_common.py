@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from program import ROOT, run_tool
+from program import ROOT, run, run_tool
 
 from tools import common, to_visualdl
 
@@ -112,3 +112,9 @@ def test_a_notebook_runs_a_tool_and_keeps_its_own_signal_handlers(monkeypatch):
     assert common.run(tool.build_parser(), tool.work, []) == 0
     assert sys.stdout.text == "\udcff and 猫\n" and sys.stderr.text == ""
     assert [signal.getsignal(number) for number in numbers] == handlers
+
+
+def test_a_missing_package_is_one_sentence():
+    code = f"import sys; sys.modules['yacs'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+    result = run([sys.executable, "-c", code + "from tools import common"])
+    result.refused(1, "this Python has no package yacs", "see the README's install section\n")
