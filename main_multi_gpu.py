@@ -121,22 +121,21 @@ def run_rank(config):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; stop.py's handler comes later
     try:
         host.import_paddle()
-    except UserError as error:
-        report.report_error(str(error), 2)
-        return 2
-    from ranks.loader import explain_dead_workers
-    from training.evaluate import evaluate
-    from training.run import Run
-    from training.state import NonFiniteLoss
-    from training.train import Training
+        from ranks.loader import explain_dead_workers
+        from training.evaluate import evaluate
+        from training.run import Run
+        from training.state import NonFiniteLoss
+        from training.train import Training
 
-    config.freeze()
-    try:
+        config.freeze()
         run = Run(config)
         program = functools.partial(evaluate, run) if config.EVAL else Training(run).train
     except (UserError, OSError) as error:
         report.report_error(describe_error(error), 2)
         return 2
+    except Exception:  # a bug, or a collective that failed because another rank refused
+        report.report_error(traceback.format_exc().rstrip())
+        return 1
     try:
         with explain_dead_workers():
             return program()

@@ -28,7 +28,8 @@ def report_error(message, status=None):
         status: what this rank ends with, for an error of its own; None where it may only be the
             consequence of another rank's end.
     """
-    text = message.encode(errors="replace")[:3000].decode(errors="ignore")
+    # Of a traceback the end counts.
+    text = message.encode(errors="replace")[-3000:].decode(errors="ignore")
     if not _report(error=text, status=status):
         print(message, file=sys.stderr, flush=True)
 

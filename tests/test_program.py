@@ -389,6 +389,12 @@ def test_what_only_a_rank_can_tell_is_one_sentence_and_status_2(args, parts, few
     run_as_rank("-data_path", few_digits, "-output", tmp_path, *args).refused(2, *parts)
 
 
+def test_what_rank_0_refuses_is_one_sentence_without_what_the_others_say(few_digits):
+    result = run_program("-data_path", few_digits, "-output", "/dev/null/x", "-nprocs", 2)
+    result.refused(2, "cannot make the output folder /dev/null/x/", "rank 0 of 2 failed")
+    assert result.err.count("\n") == 2
+
+
 def test_an_unreadable_image_ends_the_run_with_its_list_line(trained, digits, tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     (tmp_path / "val").symlink_to(digits / "val")
