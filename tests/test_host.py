@@ -167,6 +167,32 @@ def test_mkl_is_told_of_avx2_on_amd_alone(monkeypatch, cpu, already, kernels):
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == kernels
 
 
+@pytest.mark.parametrize(
+    "ipc, pid, removed",
+    [
+        ("ipc:[4026531839]", "pid:[4026531836]", True),
+        ("ipc:[4026532201]", "pid:[4026532203]", True),  # a container with memory of its own
+        ("ipc:[4026531839]", "pid:[4026532203]", False),  # with --ipc=host
+        (None, None, True),  # no /proc
+    ],
+)
+def test_batches_are_removed_only_where_their_process_numbers_are_unique(
+    monkeypatch, tmp_path, ipc, pid, removed
+):
+    def readlink(path):
+        link = {"/proc/self/ns/ipc": ipc, "/proc/self/ns/pid": pid}[path]
+        if link is None:
+            raise FileNotFoundError(path)
+        return link
+
+    batch = tmp_path / "paddle_7_0"
+    batch.touch()
+    monkeypatch.setattr(host.os, "readlink", readlink)
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: [str(batch)])
+    host.remove_batches([7])
+    assert batch.exists() != removed
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is asked")
 def test_a_large_block_that_was_freed_is_used_again_without_the_kernel():
     code = (
