@@ -105,8 +105,10 @@ def suggest_flag(word, parser):
 
 
 def require_model(args):
-    """Raises UserError where neither a file nor -opts says which model it is."""
+    """Raises UserError where neither -opts nor a file that all ranks can read says which it is."""
     keys = (args.opts or [])[::2]
+    if args.cfg in ("/dev/stdin", "/dev/fd/0") or (args.cfg and not os.path.isfile(args.cfg)):
+        raise UserError(f"-cfg {args.cfg} can be read once, and each rank reads it: give a file")
     if not args.cfg and not {"MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH"} <= set(keys):
         raise UserError(f"which model? Give its file with -cfg: {', '.join(recipes())}")
 

@@ -241,13 +241,20 @@ def _start_rank(rank, env, command, writer):
     parent = os.getpid()
 
     def prepare():  # runs in the child
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's handler would lose it here
         # Out of the terminal's group: the launcher alone gets Ctrl-C, and tells each rank once,
         # which then ends its loader workers in good order.
         os.setpgid(0, 0)
         die_with_parent(parent, signal.SIGTERM)
 
     env[REPORT_PIPE] = str(writer)
-    return subprocess.Popen(command, env=env, pass_fds=[writer], preexec_fn=prepare)
+    return subprocess.Popen(
+        command,
+        env=env,
+        pass_fds=[writer],
+        stdin=subprocess.DEVNULL,  # out of its group a terminal would stop a rank that reads it
+        preexec_fn=prepare,
+    )
 
 
 def _adopt_orphans():

@@ -217,10 +217,11 @@ def _wait_for_rank_0(env):
 class _Rank:
     """What launch.py uses of subprocess.Popen."""
 
-    def __init__(self, command, env, pass_fds, preexec_fn):
+    def __init__(self, command, env, pass_fds, stdin, preexec_fn):
         self.returncode = None
         self.pid = os.fork()
         if self.pid == 0:
+            os.dup2(_DEVNULL if stdin == subprocess.DEVNULL else stdin, 0)
             preexec_fn()
             _wait_for_rank_0(env)
             _become(command[1:], env, pass_fds)

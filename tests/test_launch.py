@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -244,6 +245,27 @@ def test_the_command_to_go_on_is_the_launchers_ready_to_paste(words, resumed):
     assert several.out.startswith("to go on here, and with each host's own command on the others:")
     alone = run([sys.executable, "-c", RANK, *words], cwd=ROOT).check()  # pytest is no launcher
     assert alone.out.endswith(f" -c {resumed}\n")
+
+
+def test_a_rank_that_reads_the_terminal_finds_its_end_instead_of_being_stopped(tmp_path):
+    code = "import os, sys\nsys.exit(input() and 0)"
+    terminal, own = pty.openpty()
+    command = [sys.executable, "-c", code]
+    launcher = f"import sys; from ranks import launch; sys.exit(launch.run(1, 0, {command!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", launcher], cwd=ROOT, stdin=own, capture_output=True, text=True,
+        timeout=HANG_SECONDS,
+    )  # fmt: skip
+    os.close(terminal)
+    os.close(own)
+    assert done.returncode == 1 and "EOFError" in done.stderr
+
+
+def test_a_rank_that_is_asked_to_end_before_its_program_starts_ends():
+    code = "import os, signal, sys; from ranks import launch\n"
+    code += "os.setpgid = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "sys.exit(launch.run(1, 0, ['true']))"
+    assert run([sys.executable, "-c", code], cwd=ROOT).status == 143
 
 
 def test_ranks_that_a_signal_ends_before_they_train_were_ended_as_asked(tmp_path):

@@ -315,6 +315,15 @@ def test_without_a_model_it_is_asked_for_with_the_files_there_are(monkeypatch, c
     assert main_multi_gpu.main(["-data_path", "x", "-opts", *sizes]) == 0
 
 
+def test_a_config_that_can_be_read_only_once_is_refused(capsys):
+    reader, writer = os.pipe()
+    os.write(writer, b"SEED: 1\n")
+    os.close(writer)
+    assert main_multi_gpu.main(["-cfg", f"/dev/fd/{reader}"]) == 2
+    assert f"-cfg /dev/fd/{reader} can be read once" in capsys.readouterr().err
+    os.close(reader)
+
+
 def test_nprocs_under_another_launcher_is_said_not_to_count(environment, monkeypatch, capsys):
     monkeypatch.setattr(main_multi_gpu, "run_rank", lambda config: 0)
     monkeypatch.setattr(main_multi_gpu.launch, "run", lambda *args: 5)
