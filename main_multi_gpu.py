@@ -76,14 +76,11 @@ def main(argv):
         if config.EVAL and args.resume:
             raise UserError("-eval goes with -pretrained FILE, not with -resume")
         host.number_in("OMP_NUM_THREADS", 1)
-        is_rank, gpus, warning = launch.is_rank(), 0, None
+        is_rank = launch.is_rank()
         if is_rank:
             warning = launch.unused_nprocs(args.nprocs)
         else:
-            gpus = launch.count_gpus()
-            if not gpus and args.nprocs is None:
-                launch.refuse_hidden_gpus()
-            ranks, warning = launch.choose_ranks(args.nprocs, gpus)
+            ranks, gpus, warning = launch.plan_ranks(args.nprocs)
     except (UserError, ConfigWarning) as error:  # a warning under -W error
         report.report_error(f"{parser.prog}: {error}")
         return 2
@@ -120,7 +117,6 @@ def run_rank(config):
         The exit status: 0; 1 for what failed while running, 2 for what was asked wrongly; 128 + the
         signal's number where the run was asked to end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; stop.py's handler comes later
     try:
         host.import_paddle()
         from ranks.loader import explain_dead_workers
@@ -152,4 +148,6 @@ def run_rank(config):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in what a script starts with &
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; the handlers come later
     sys.exit(main(sys.argv[1:]))

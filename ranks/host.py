@@ -48,10 +48,11 @@ def stop_signals():
     """The signals that ask a run to end.
 
     Schedulers send SIGUSR1 or SIGUSR2 some time before they kill, a terminal that is closed SIGHUP.
-    Those count unless they are ignored, as SIGHUP is under nohup.
+    All but SIGTERM count unless they are ignored, as SIGHUP is under nohup, and SIGINT in what a
+    script starts with `&`.
     """
-    others = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-    return [signal.SIGTERM, signal.SIGINT] + [
+    others = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    return [signal.SIGTERM] + [
         number for number in others if signal.getsignal(number) != signal.SIG_IGN
     ]
 

@@ -39,18 +39,33 @@ _GPU_NODES = tuple(f"/dev/nvidia{number}" for number in range(10))
 
 def count_gpus():
     """The GPUs that the installed Paddle can use, honouring CUDA_VISIBLE_DEVICES."""
-    return 0 if _cpu_is_asked_for() else _ask_paddle()[0]
+    return _find_gpus()[0]
 
 
-def refuse_hidden_gpus():
-    """Raises UserError where there is a GPU, Paddle finds none, and nobody asked for the CPU.
+def plan_ranks(nprocs):
+    """(number of ranks, number of GPUs, warning or None) for -nprocs on this machine.
+
+    Raises:
+        UserError: they cannot be, or nobody asked for the CPU of a machine with a GPU.
+    """
+    gpus, said = _find_gpus()
+    if gpus == 0 and nprocs is None:
+        _refuse_hidden_gpus(said)
+    ranks, warning = choose_ranks(nprocs, gpus)
+    return ranks, gpus, warning
+
+
+def _find_gpus():
+    """(the GPUs that Paddle can use, what it says where it finds none)."""
+    return (0, "") if _cpu_is_asked_for() else _ask_paddle()
+
+
+def _refuse_hidden_gpus(said):
+    """Raises UserError where there is a GPU that Paddle does not find and nobody asked for the CPU.
 
     Without it a wheel for the CPU, or one that the driver is too old for, would train on a core.
     """
-    if _cpu_is_asked_for() or not (_exists(_GPU_NODES) or _nvidia_smi_lists_one()):
-        return
-    gpus, said = _ask_paddle()
-    if not gpus:
+    if not _cpu_is_asked_for() and (_exists(_GPU_NODES) or _nvidia_smi_lists_one()):
         raise UserError(
             f"there is a GPU here, but Paddle finds none ({said}): install the wheel for this "
             "machine's driver (docs/install.md); to train on the CPU, give -nprocs 1"
@@ -68,7 +83,7 @@ def _exists(paths):
 def _nvidia_smi_lists_one():
     """Whether NVIDIA's tool knows of a GPU; under WSL there are no device nodes."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return "GPU " in _run(["nvidia-smi", "-L"], timeout=20).stdout
+        return "GPU " in _output_of(["nvidia-smi", "-L"], timeout=20).stdout
     return False
 
 
@@ -86,13 +101,13 @@ def _ask_paddle():
         "    sys.exit(f'Paddle {paddle.__version__} here is a wheel for the CPU')\n"
         "print(paddle.device.cuda.device_count())"
     )
-    answer = _run([sys.executable, "-c", code])
+    answer = _output_of([sys.executable, "-c", code])
     with contextlib.suppress(ValueError, IndexError):
         return int(answer.stdout.split()[-1]), _last_line(answer.stderr)
     return 0, _last_line(answer.stderr)
 
 
-def _run(command, **options):
+def _output_of(command, **options):
     return subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
 
 
@@ -119,9 +134,9 @@ def choose_ranks(nprocs, gpus):
     """
     if nprocs is not None and nprocs < 1:
         raise UserError(f"-nprocs is {nprocs}, it must be at least 1")
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
     warning = None
-    if named not in ("", "-1") and len(named.split(",")) > gpus:
+    if named and not _cpu_is_asked_for() and len(named.split(",")) > gpus:
         use = f"{gpus} GPU(s): using those" if gpus else "no GPU here: running on the CPU"
         warning = f"CUDA_VISIBLE_DEVICES names {named}, but Paddle finds {use}"
     if gpus == 0:
@@ -273,6 +288,7 @@ class _Signals:
 
     def __init__(self):
         self.first, self.again = None, False
+        self._time = None  # when the first one came
 
     def take(self, number, frame):
         if self.first is None:
@@ -336,9 +352,9 @@ def _wait(processes, received, reports):
 
 def _first_failed(codes):
     """The first failed rank, but a killed one before others, which fail because it is gone."""
-    consequences = [rank for rank, code in enumerate(codes) if code]
-    killed = [rank for rank in consequences if codes[rank] < 0 and codes[rank] != -signal.SIGABRT]
-    return next(iter(killed + consequences), None)
+    failed = [rank for rank, code in enumerate(codes) if code]
+    killed = [rank for rank in failed if codes[rank] < 0 and codes[rank] != -signal.SIGABRT]
+    return next(iter(killed + failed), None)
 
 
 def _is_as_asked(code):

@@ -82,6 +82,17 @@ def test_what_takes_one_file_says_so_when_a_pattern_gives_it_several(words, part
     run_tool(to_visualdl, "a", "b").refused(2, "unrecognized arguments: b (it takes one RUN: ")
 
 
+def test_ctrl_c_ends_a_tool_unless_it_is_ignored_as_in_what_a_script_starts_with_an_ampersand():
+    before = signal.getsignal(signal.SIGINT)
+    work = Tool(lambda args: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        for handler, status in ((signal.SIG_IGN, 0), (before, 130)):
+            signal.signal(signal.SIGINT, handler)
+            assert run_tool(work).status == status
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class NotebookStream(io.TextIOBase):
     """As ipykernel's: text in, and no more."""
 

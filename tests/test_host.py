@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import signal
 import subprocess
 import sys
 
@@ -102,6 +103,29 @@ def test_where_paddle_finds_no_folder_to_write_in_home_is_named(tmp_path):
     words = [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG]
     result = run_command(words, PADDLE_TRAINER_ID="0", PYTHONPATH=str(tmp_path))
     result.refused(2, "/.cache cannot be made (Permission denied): set HOME to a folder")
+
+
+@pytest.mark.parametrize("ignored, rank, status", [(1, "0", 2), (0, "0", -2), (0, None, -2)])
+def test_an_interrupt_while_paddle_loads_ends_without_a_traceback_unless_it_is_ignored(
+    tmp_path, ignored, rank, status
+):
+    interrupted = "os.getpid()" if rank else "os.getppid()"  # the launcher asks another process
+    (tmp_path / "paddle.py").write_text(
+        f"import os, signal; os.kill({interrupted}, signal.SIGINT)\n"
+        "raise PermissionError(13, 'Permission denied', '/.cache')"
+    )
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: one")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        result = run_command(
+            [sys.executable, ROOT / "main_multi_gpu.py", "-cfg", CONFIG], PATH=path,
+            PADDLE_TRAINER_ID=rank, PYTHONPATH=str(tmp_path), CUDA_VISIBLE_DEVICES=None,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    result.refused(status)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def started(folder, ranks):
         (4, 4, None, 4, None),
         (None, 0, "", 1, None),
         (2, 0, "-1", 2, None),
+        (2, 0, " -1 ", 2, None),
+        (None, 0, " ", 1, None),
         (None, 0, "0,1", 1, "no GPU here: running on the CPU"),
         (2, 0, "0,1", 2, "no GPU here: running on the CPU"),
         (None, 1, "0,1", 1, "1 GPU(s)"),
@@ -148,7 +150,8 @@ def test_a_gpu_that_paddle_does_not_find_is_refused_with_its_reason(
 ):
     if named is not None:
         environment(CUDA_VISIBLE_DEVICES=named)
-    for name, code in (("python", answer), ("nvidia-smi", smi)):
+    asked = tmp_path / "asked"
+    for name, code in (("python", f"echo >>'{asked}'; {answer}"), ("nvidia-smi", smi)):
         if code:
             (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
             (tmp_path / name).chmod(0o755)
@@ -156,10 +159,11 @@ def test_a_gpu_that_paddle_does_not_find_is_refused_with_its_reason(
     monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(launch.os.path, "exists", lambda path: path == node)
     if reason is None:
-        launch.refuse_hidden_gpus()
+        launch.plan_ranks(None)
     else:
         with pytest.raises(UserError, match=rf"finds none \(.*{reason}\): install .* -nprocs 1"):
-            launch.refuse_hidden_gpus()
+            launch.plan_ranks(None)
+        assert asked.read_text() == "\n"  # once: the import takes seconds
 
 
 @pytest.mark.parametrize("words, status", [([], 2), (["-nprocs", "1"], 0)])
@@ -276,15 +280,18 @@ def test_ranks_that_a_signal_ends_before_they_train_were_ended_as_asked(tmp_path
     assert (tmp_path / "stderr").read_text() == ""
 
 
-def test_a_hangup_is_ignored_where_it_was_ignored_before(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+def test_what_was_ignored_before_is_ignored(tmp_path):
+    numbers = (signal.SIGHUP, signal.SIGINT)  # by nohup, and by a script that starts it with &
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         launcher = start_launcher(tmp_path, 1, WAIT)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
     (rank,) = started(tmp_path, 1)
     for pid in (rank, launcher.pid):
-        os.kill(pid, signal.SIGHUP)
+        for number in numbers:
+            os.kill(pid, number)
     time.sleep(0.2)
     assert is_running(rank)
     launcher.terminate()

@@ -103,7 +103,8 @@ def run(parser, work, argv=None):
         del os.environ[name]
     show_warnings_of(parser.prog)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, leave)
+    if handlers[signal.SIGINT] != signal.SIG_IGN:  # as it is in what a script starts with `&`
+        signal.signal(signal.SIGINT, leave)
     try:
         status = work(args)
         sys.stdout.flush()
