@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import paddle
 import pytest
 
-from config import get_config
+from config import ConfigError, get_config
 from ranks.collective import init_distributed
 from training import run
 from training.run import Run
@@ -91,3 +91,21 @@ def test_a_rank_takes_the_gpu_that_its_launcher_names(environment, monkeypatch, 
     monkeypatch.delenv("PADDLE_DISTRI_BACKEND", raising=False)
     monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
     assert init_distributed() == (0, 1) and taken == [device]
+
+
+@pytest.mark.parametrize("numpy, evaluates, refused", [
+    ("2.4.0", False, True), ("2.3.5", False, False), ("2.4.0", True, False),
+])  # fmt: skip
+def test_float16_with_a_numpy_that_breaks_its_scaling_is_refused(
+    monkeypatch, numpy, evaluates, refused
+):
+    config = get_config()
+    config.AMP, config.EVAL = True, evaluates
+    monkeypatch.setattr(paddle.amp, "is_float16_supported", lambda: True)
+    monkeypatch.setattr(run.np, "__version__", numpy)
+    rank = SimpleNamespace(config=config, on_gpu=True, warnings=[])
+    if refused:
+        with pytest.raises(ConfigError, match=r"AMP_DTYPE float16 cannot run with NumPy 2\.4\.0"):
+            Run._can_amp(rank)
+    else:
+        assert Run._can_amp(rank)
