@@ -26,12 +26,14 @@ def number_in(variable, low):
     text = os.environ.get(variable, "").strip()
     if not text:
         return None
-    if not (text.isdecimal() and int(text) >= low):
+    # OpenMP's may be a list, with a number for each level of threads that start threads.
+    items = [item.strip() for item in text.split(",")] if variable == "OMP_NUM_THREADS" else [text]
+    if not all(item.isdecimal() and int(item) >= low for item in items):
         raise UserError(
             f"the environment variable {variable} is {show(text)}, it must be a whole number, at "
             f"least {low}: unset it, or give it one"
         )
-    return int(text)
+    return int(items[0])
 
 
 def all_ranks():
@@ -191,6 +193,7 @@ def quiet():
     try:
         yield
     finally:
+        sys.stdout.flush()
         libc.fflush(None)
         os.dup2(stdout, 1)
         os.close(stdout)

@@ -67,7 +67,16 @@ def test_cores_are_those_of_the_affinity_within_the_cgroups_quotas(monkeypatch, 
 
 @pytest.mark.parametrize(
     ("already", "ranks", "threads"),
-    [(None, 2, "4"), (None, 16, "1"), ("3", 2, "3"), ("", 2, "4"), (" ", 2, "4"), (" 2 ", 1, "2")],
+    [
+        (None, 2, "4"),
+        (None, 16, "1"),
+        ("3", 2, "3"),
+        ("", 2, "4"),
+        (" ", 2, "4"),
+        (" 2 ", 1, "2"),
+        ("4,1", 2, "4"),
+        ("3 , 2,1", 2, "3"),
+    ],
 )
 def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, already, ranks, threads):
     monkeypatch.setattr(host, "available_cores", lambda: 8)
@@ -81,8 +90,9 @@ def test_threads_are_shared_out_unless_the_user_has_set_them(monkeypatch, alread
 @pytest.mark.parametrize(
     "name, text",
     [
-        *(("OMP_NUM_THREADS", text) for text in ("0", "-1", "2,1", "two", "1.5", "²")),
-        ("PADDLE_TRAINERS_NUM", "0"), ("PADDLE_LOCAL_SIZE", "x"), ("PADDLE_TRAINER_ID", "-1"),
+        *(("OMP_NUM_THREADS", text) for text in ("0", "-1", "0,2", "2,", "2,two", "1.5", "²")),
+        ("PADDLE_TRAINERS_NUM", "0"), ("PADDLE_TRAINERS_NUM", "2,1"),
+        ("PADDLE_LOCAL_SIZE", "x"), ("PADDLE_TRAINER_ID", "-1"),
     ],
 )  # fmt: skip
 def test_a_number_in_the_environment_that_cannot_be_is_refused_by_name(environment, name, text):
@@ -215,6 +225,16 @@ def test_batches_are_removed_only_where_their_process_numbers_are_unique(
     monkeypatch.setattr(host.glob, "glob", lambda pattern: [str(batch)])
     host.remove_batches([7])
     assert batch.exists() != removed
+
+
+def test_what_is_printed_in_silence_does_not_come_after_it(monkeypatch, capfd):
+    with open(1, "w", closefd=False) as stdout:  # buffered, as into a file
+        monkeypatch.setattr(sys, "stdout", stdout)
+        print("before")
+        with host.quiet():
+            print("within")
+        print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is asked")

@@ -224,7 +224,7 @@ def test_ranks_join_on_a_host_whose_own_name_does_not_resolve(environment, tmp_p
     assert sorted(result.out.split("\n")) == ["", "0 of 2", "1 of 2"]
 
 
-RANK = "from ranks import report; print(report.how_to_go_on())"
+RANK = "from ranks import again; print(again.how_to_go_on())"
 LAUNCHER = (
     "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], *sys.argv[2:]])"
 )

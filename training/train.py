@@ -14,8 +14,8 @@ from paddle.nn import functional as F
 
 from datasets import BATCH_STREAM, TrainSampler, batches_per_epoch
 from ranks import stop
+from ranks.again import how_to_go_on
 from ranks.collective import MeanMeter
-from ranks.report import how_to_go_on
 from training import advice, evaluate, optim, state
 from training.run import build_model
 from training.state import NonFiniteLoss, Place
