@@ -44,7 +44,11 @@ def build_parser():
     add("-image_size", metavar="N", type=int, help="height and width the model sees, pixels")
     add("-accum_iter", metavar="N", type=int, help="batches per optimizer step")
     add("-pretrained", metavar="FILE", help="weights to evaluate or to start training with")
-    add("-resume", metavar="FILE", help="checkpoint to go on from; auto: the newest under -output")
+    add(
+        "-resume",
+        metavar="FILE",
+        help="checkpoint to go on from; auto: the newest under -output; a run's folder: its newest",
+    )
     add("-last_epoch", metavar="N", type=int, help="epochs that count as already done")
     add("-eval", action="store_true", help="evaluate only")
     add("-amp", action="store_true", help="mixed precision on GPU (a CPU runs float32)")

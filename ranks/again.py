@@ -1,6 +1,7 @@
 """The command that goes on with a run."""
 
 import contextlib
+import glob
 import os
 import shlex
 import sys
@@ -8,9 +9,10 @@ import sys
 from ranks.host import all_ranks, local_ranks
 
 
-def how_to_go_on():
+def how_to_go_on(folder):
     """The end of a sentence: what started this run, with `-resume auto`, to paste into a shell.
 
+    Where there are other runs beside the run's folder, it is named in the place of `auto`.
     It is the launcher's command where the launcher, ours or Paddle's, is this process's parent;
     with the folder and the variables that a script, or an earlier shell, had set.
     """
@@ -19,7 +21,7 @@ def how_to_go_on():
     variables = dict(word.partition("=")[::2] for word in _read_proc("environ"))
     if not args or words[-len(args) :] != args:
         words, variables = [sys.executable, *sys.argv], os.environ
-    words = [*words[: len(words) - len(args)], *_resuming(args)]
+    words = [*words[: len(words) - len(args)], *_resuming(args, _auto_or(folder))]
     named = [f"{name}={shlex.quote(variables[name])}" for name in _TO_NAME if name in variables]
     where = " here, and with each host's own command on the others" * (all_ranks() > local_ranks())
     line = " ".join([*named, shlex.join(words)])
@@ -39,8 +41,15 @@ def _read_proc(name):
     return []
 
 
-def _resuming(args):
-    """The program's arguments with `-resume auto` in the place of any other."""
+def _auto_or(folder):
+    """`auto` where that means the run in a folder, otherwise its path."""
+    folder = os.path.abspath(folder)
+    runs = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "train-*"))
+    return folder if any(run != folder for run in runs) else "auto"
+
+
+def _resuming(args, resume):
+    """The program's arguments with `-resume` and its value in the place of any other."""
     before, opts, words = [], [], list(args)
     while words:
         name, equals, _ = words[0].partition("=")
@@ -53,7 +62,7 @@ def _resuming(args):
             del words[: 1 if equals else 2]
         else:
             before.append(words.pop(0))
-    return [*before, "-resume", "auto", *opts]
+    return [*before, "-resume", resume, *opts]
 
 
 def _is_flag(word, flag, shortest):

@@ -15,7 +15,7 @@ from processes import HANG_SECONDS, is_running, wait_for
 from program import CONFIG, ROOT, run
 
 import main_multi_gpu
-from ranks import launch, report
+from ranks import again, launch, report
 from utils import UserError
 
 # Ranks say that they run by a file named by their number that holds their process's.
@@ -224,7 +224,7 @@ def test_ranks_join_on_a_host_whose_own_name_does_not_resolve(environment, tmp_p
     assert sorted(result.out.split("\n")) == ["", "0 of 2", "1 of 2"]
 
 
-RANK = "from ranks import again; print(again.how_to_go_on())"
+RANK = "from ranks import again; print(again.how_to_go_on('/nowhere/train-1'))"
 LAUNCHER = (
     "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], *sys.argv[2:]])"
 )
@@ -249,6 +249,15 @@ def test_the_command_to_go_on_is_the_launchers_ready_to_paste(words, resumed):
     assert several.out.startswith("to go on here, and with each host's own command on the others:")
     alone = run([sys.executable, "-c", RANK, *words], cwd=ROOT).check()  # pytest is no launcher
     assert alone.out.endswith(f" -c {resumed}\n")
+
+
+def test_the_command_names_its_run_where_there_are_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "-amp"])
+    for name in ("a run/train-1", "runs/train-1", "runs/train-2"):
+        (tmp_path / name).mkdir(parents=True)
+    assert again.how_to_go_on(tmp_path / "a run" / "train-1").endswith("-amp -resume auto")
+    folder = tmp_path / "runs" / "train-1"
+    assert again.how_to_go_on(folder).endswith(f"-amp -resume {folder}")
 
 
 def test_a_rank_that_reads_the_terminal_finds_its_end_instead_of_being_stopped(tmp_path):

@@ -304,5 +304,6 @@ class Training:
         """Saves where all ranks have done the same steps.  Returns the exit status."""
         if self.saved_place != self.place or os.path.dirname(self.saved) != self.run.folder:
             state.save(self)
-        self.run.log.info(f"stopped as asked after {state.describe_place(self)}; {how_to_go_on()}")
+        place, command = state.describe_place(self), how_to_go_on(self.run.folder)
+        self.run.log.info(f"stopped as asked after {place}; {command}")
         return 128 + (stop.request.signal_number or signal.SIGTERM)
