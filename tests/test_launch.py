@@ -243,8 +243,8 @@ LAUNCHER = (
 def test_the_command_to_go_on_is_the_launchers_ready_to_paste(words, resumed):
     command = [sys.executable, "-c", LAUNCHER, RANK, *words]
     result = run(command, cwd=ROOT, CUDA_VISIBLE_DEVICES="0,1", OMP_NUM_THREADS=None).check()
-    start = f"to go on: cd {ROOT} && CUDA_VISIBLE_DEVICES=0,1 {shlex.join(command[:4])}"
-    assert result.out == f"{start} {resumed}\n"
+    start = f"to go on: cd {shlex.quote(str(ROOT))} && CUDA_VISIBLE_DEVICES=0,1 "
+    assert result.out == f"{start}{shlex.join(command[:4])} {resumed}\n"
     several = run(command, cwd=ROOT, PADDLE_TRAINERS_NUM="4", PADDLE_LOCAL_SIZE="2").check()
     assert several.out.startswith("to go on here, and with each host's own command on the others:")
     alone = run([sys.executable, "-c", RANK, *words], cwd=ROOT).check()  # pytest is no launcher

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -35,12 +37,12 @@ def port(*args):
 
 def model_of(result, weights):
     """The model that the printed flags describe, with weights of a file, in float64."""
-    words = result.out.split("the model: ")[1].split()
+    words = shlex.split(result.out.split("the model: ")[1])
     flags = {"opts": words[words.index("-opts") + 1 :]} if "-opts" in words else {}
     for name in ("cfg", "image_size", "num_classes"):
         if f"-{name}" in words:
             value = words[words.index(f"-{name}") + 1]
-            flags[name] = str(ROOT / value) if name == "cfg" else int(value)
+            flags[name] = value if name == "cfg" else int(value)
     model = build_gmlp(update_config(get_config(), SimpleNamespace(**flags)))
     checkpoint.assign_weights(model, checkpoint.load_weights(weights), "")
     model.eval()
@@ -49,7 +51,7 @@ def model_of(result, weights):
 
 def test_a_user_ports_timms_weights_and_the_model_is_timms(tiny, tmp_path):
     target = tmp_path / "tiny.pdparams"
-    result = run([sys.executable, TOOL, tiny, target]).check()
+    result = run([sys.executable, TOOL, tiny, target], cwd=os.getcwd()).check()
     assert result.out.startswith(f"{target}: 36 tensors, 21,098 parameters, float32\n")
     model = model_of(result, target)
     with paddle.no_grad():
@@ -98,9 +100,10 @@ def test_there_and_back_has_the_same_bits(sizes, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224"])
-def test_a_model_that_has_a_config_is_described_by_it_alone(name):
+def test_a_model_that_has_a_config_is_described_by_it_alone(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
     words = f"-cfg configs/{name}.yaml"
-    config = get_config(str(ROOT / words.split()[1]))
+    config = get_config(shlex.split(words)[1])
     assert describe(Sizes.from_config(config), "w") == words
     config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES = 320, 7
     assert describe(Sizes.from_config(config), "w") == f"{words} -image_size 320 -num_classes 7"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import warnings
 
 from config import ConfigError, get_config, recipes
@@ -40,7 +41,7 @@ def describe(sizes, path):
 
     configs = {**_configs_beside(path), **{name: get_config(name) for name in recipes()}}
     name = min(configs, key=cost)
-    words, opts = [f"-cfg {name}"], []
+    words, opts = [f"-cfg {shlex.quote(name)}"], []
     for key, value in differences(configs[name]).items():
         if key in _FLAGS:
             words.append(f"{_FLAGS[key]} {value}")
