@@ -116,8 +116,8 @@ class ImageList(ImageSource):
     @functools.cached_property
     def _hint(self):
         """What helps where labels were counted from 1."""
-        labels = (line.rsplit(None, 1)[-1] for _, line in self._lines())
-        zero = any(not label.strip(b"0") for label in labels)
+        words = (line.rsplit(None, 1) for _, line in self._lines())
+        zero = any(not some[-1].strip(b"0") for some in words if some)  # none in odd blanks alone
         return "" if zero else "; labels start at 0, and no line has a 0"
 
     def _lines(self):

@@ -151,7 +151,7 @@ def choose_ranks(nprocs, gpus):
     return nprocs or gpus, warning
 
 
-def run(ranks, gpus, command):
+def run(ranks, gpus, command, stdin=subprocess.DEVNULL):
     """Runs `command` once for each rank on this host and waits for all of them.
 
     When a rank fails, the others are killed and its error is printed.  The signals that ask to end
@@ -164,6 +164,8 @@ def run(ranks, gpus, command):
         ranks: number of processes.
         gpus: number of visible GPUs; 0 runs the ranks on the CPU with gloo.
         command: the program and its arguments.
+        stdin: the ranks' standard input, as subprocess.Popen takes it.  A terminal would stop a
+            rank that reads from it, as the ranks are out of its group.
 
     Returns:
         The exit status: 0, the first failed rank's, or 128 + the signal that ended it or us.
@@ -174,7 +176,7 @@ def run(ranks, gpus, command):
         signal.signal(number, received.take)
     _adopt_orphans()
     processes = [
-        _start_rank(rank, env, command, writer)
+        _start_rank(rank, env, command, writer, stdin)
         for rank, env in enumerate(_environments(ranks, bool(gpus)))
     ]
     os.close(writer)
@@ -252,7 +254,7 @@ def _free_ports(count):
         return [each.getsockname()[1] for each in sockets]
 
 
-def _start_rank(rank, env, command, writer):
+def _start_rank(rank, env, command, writer, stdin):
     parent = os.getpid()
 
     def prepare():  # runs in the child
@@ -267,7 +269,7 @@ def _start_rank(rank, env, command, writer):
         command,
         env=env,
         pass_fds=[writer],
-        stdin=subprocess.DEVNULL,  # out of its group a terminal would stop a rank that reads it
+        stdin=stdin,
         preexec_fn=prepare,
     )
 

@@ -708,3 +708,9 @@ def test_a_loader_asks_for_the_memory_of_its_workers_on_all_ranks(folder, monkey
     stat.f_bavail -= 1
     assert "shared memory" in refusal(build_loader, dataset, sampler, 2, SIZE, 4)
     build_loader(dataset, sampler, 0, SIZE, ranks_on_host=4)
+
+
+def test_a_line_of_odd_blanks_alone_is_a_wrong_line(tmp_path):
+    (tmp_path / "val_list.txt").write_bytes(b"a.png 3\n\x1c\n")
+    with pytest.raises(DataError, match=r"val_list\.txt:[12]: "):
+        ImageList(str(tmp_path), "val_list.txt", 2)

@@ -93,7 +93,7 @@ def main(side, ranks=1):
     from ranks import launch
 
     if ranks > 1 and not launch.is_rank():
-        return launch.run(ranks, 0, [sys.executable, *sys.argv])
+        return launch.run(ranks, 0, [sys.executable, *sys.argv], stdin=None)
     common.import_paddle()
     from ranks import collective, stop
     from tools.benchmark import ours
