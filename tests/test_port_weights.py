@@ -15,7 +15,7 @@ from program import ROOT, run, run_tool, same
 from safetensors.numpy import load_file, save_file
 
 from tools import port_weights
-from config import get_config, update_config
+from config import ConfigError, get_config, update_config
 from gmlp import Sizes, build_gmlp
 from training.whose import describe
 from weights import checkpoint, pdparams
@@ -275,3 +275,15 @@ def test_other_pytorch_files_are_refused_and_run_no_code(tiny, tmp_path):
 def test_a_pytorch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     port(tmp_path / "w.pth", tmp_path / "x.pdparams").refused(2, "w.pth: ", "pip install torch")
+
+
+def test_a_timm_that_fails_without_a_word_is_said_by_its_errors_name(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "timm":
+                raise RuntimeError
+
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ConfigError, match=r"timm cannot be imported \(RuntimeError\): pip install"):
+        port_weights.import_timm()

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m
 
 from tools import common
 from config import ConfigError
-from utils import new_file, show_path
+from utils import cause, new_file, show_path
 from weights import checkpoint, pdparams
 from weights.pdparams import WeightsError
 
@@ -236,10 +236,9 @@ def import_timm():
             import timm  # noqa: F401
             import torch  # noqa: F401
     except Exception as error:  # torchvision's C++ part raises a RuntimeError
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"-verify: timm cannot be imported ({reason}): pip install timm torch torchvision, all "
-            "from one index such as https://download.pytorch.org/whl/cpu"
+            f"-verify: timm cannot be imported ({cause(error)}): pip install timm torch "
+            "torchvision, all from one index such as https://download.pytorch.org/whl/cpu"
         ) from None
 
 
