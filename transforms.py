@@ -155,12 +155,23 @@ def normalize(images, mean, std):
     return F.batch_norm(images, 255 * mean, (255 * std) ** 2, epsilon=0)
 
 
+def _queue(array, dtype):
+    """A small array as a Tensor of a type, for which the host does not wait.
+
+    On a GPU to_tensor's copy waits until all that is queued has been computed; what assign and full
+    do is queued itself (paddle/phi/kernels/assign_kernel.cc).
+    """
+    if array.size == 1:
+        return paddle.full(array.shape, array.item(), dtype)
+    return paddle.assign(array.astype(dtype)).astype(dtype)
+
+
 def _inside(boxes, height, width):
     """Which pixels are in each image's box: bool Tensor [n, 1, height, width] of array [n, 4]."""
-    top, left, bottom, right = boxes.T[:, :, None]
-    y, x = np.arange(height), np.arange(width)
-    rows = paddle.to_tensor((top <= y) & (y < bottom)).reshape([-1, 1, height, 1])
-    columns = paddle.to_tensor((left <= x) & (x < right)).reshape([-1, 1, 1, width])
+    top, left, bottom, right = _queue(boxes.T, "int64").unsqueeze(-1).unbind()
+    y, x = paddle.arange(height), paddle.arange(width)
+    rows = paddle.logical_and(top <= y, y < bottom).reshape([-1, 1, height, 1])
+    columns = paddle.logical_and(left <= x, x < right).reshape([-1, 1, 1, width])
     return paddle.logical_and(rows, columns)
 
 
@@ -282,7 +293,8 @@ def mix_images(images, mix):
     """Mix a float Tensor [batch, channels, height, width] with its flip as a Mix says."""
     has_box = mix.boxes.any(axis=1)
     # An image's own weight: lam for mixup; for cutmix 1, and 0 in the box.
-    weight = paddle.to_tensor(np.where(has_box, 1, mix.lam), images.dtype).reshape([-1, 1, 1, 1])
+    weight = np.where(has_box, 1, mix.lam).astype(float).reshape([-1, 1, 1, 1])
+    weight = _queue(weight, paddle.get_default_dtype())
     if has_box.any():
         weight = weight * (1 - _inside(mix.boxes, *images.shape[2:]).astype(images.dtype))
     return images * weight + images.flip(0) * (1 - weight)
@@ -302,7 +314,7 @@ def soft_targets(labels, num_classes, smoothing=0.0, lam=None):
     targets = F.one_hot(labels, num_classes).astype(paddle.get_default_dtype())
     targets = targets * (1 - smoothing) + smoothing / num_classes
     if lam is not None:
-        lam = paddle.to_tensor(lam, targets.dtype).reshape([-1, 1])
+        lam = _queue(lam.reshape([-1, 1]), paddle.get_default_dtype())
         targets = targets * lam + targets.flip(0) * (1 - lam)
     return targets
 

@@ -134,6 +134,11 @@ def build_loader(dataset, sampler, num_workers, image_size, ranks_on_host=1):
         require_semaphores()
         batches = num_workers * (_PREFETCH + 1) * ranks_on_host
         require_shared_memory(batches * sampler.batch_size * 3 * image_size**2)
+    # Batches that are on the GPU when the loop gets them: Paddle's reader thread copies them on a
+    # stream of its own, two ahead.  By default they are in pinned host memory, and the host waits
+    # while the first operator copies them (paddle/io/reader.py,
+    # paddle/fluid/operators/reader/buffered_reader.cc).
+    paddle.io.reader.use_pinned_memory(False)
     loader = paddle.io.DataLoader(
         _Fetch(dataset),
         batch_sampler=sampler,
