@@ -148,8 +148,14 @@ KEYS = {
     "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
     "EVAL": _switch(False),  # evaluate only
     "AMP": _switch(False),  # mixed precision on GPU, in training and evaluation
-    # new: float16 has its loss scaled
-    "AMP_DTYPE": _text("float16", choices=["float16", "bfloat16"]),
+    # new: the type of mixed precision; auto: in training bfloat16 where the GPU has it (compute
+    # capability 8.0), else float16, whose loss is scaled; in evaluation float16
+    "AMP_DTYPE": _text("auto", choices=["auto", "float16", "bfloat16"]),
+    # new: what LayerNorm gives under mixed precision: float32, or the type of mixed precision (amp;
+    # its sums stay float32), which is faster; auto: amp for bfloat16, float32 for float16
+    "AMP_LAYER_NORM": _text("auto", choices=["auto", "float32", "amp"]),
+    # new: on a GPU, algorithms of cuDNN that give the same bits each time
+    "DETERMINISTIC": _switch(True),
 }
 # fmt: on
 _PATHS = ("DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "SAVE")

@@ -63,20 +63,44 @@ def test_without_a_revision_the_reason_is_said(clone, monkeypatch):
     assert run.git_revision() == "unknown (git cannot be run: No such file or directory)"
 
 
+def choose_amp(monkeypatch, has=("float16", "bfloat16"), on_gpu=True, said=None, **keys):
+    """The Amp that a run chooses on a device that has these types."""
+    config = get_config()
+    config.AMP = True
+    for key, value in keys.items():
+        setattr(config, key, value)
+    for name in ("float16", "bfloat16"):
+        monkeypatch.setattr(paddle.amp, f"is_{name}_supported", lambda name=name: name in has)
+    said = [] if said is None else said
+    return Run._choose_amp(SimpleNamespace(config=config, on_gpu=on_gpu, warnings=said))
+
+
 @pytest.mark.parametrize(
-    "asked, on_gpu, supported, amp",
-    [(True, True, True, True), (False, True, True, False), (True, True, False, False),
-     (True, False, True, False)],
+    "evaluates, has, dtype",
+    [(False, ("float16", "bfloat16"), "bfloat16"), (False, ("float16",), "float16"),
+     (True, ("float16", "bfloat16"), "float16")],
 )  # fmt: skip
-def test_mixed_precision_is_what_was_asked_for_and_the_device_can(
-    monkeypatch, asked, on_gpu, supported, amp
+def test_training_takes_bfloat16_where_the_gpu_has_it_and_evaluation_float16(
+    monkeypatch, evaluates, has, dtype
 ):
-    config, said = get_config(), []
-    config.AMP, config.EVAL = asked, True
-    monkeypatch.setattr(paddle.amp, "is_float16_supported", lambda: supported)
-    rank = SimpleNamespace(config=config, on_gpu=on_gpu, warnings=said)
-    assert Run._can_amp(rank) == amp
-    assert bool(said) == (asked and not amp)
+    monkeypatch.setattr(run.np, "__version__", "1.26.4")
+    amp = choose_amp(monkeypatch, has, EVAL=evaluates)
+    assert amp == (dtype, dtype == "bfloat16")  # and LayerNorm gives bfloat16, float16 not
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("norm", ["float32", "amp"])
+def test_the_types_of_mixed_precision_are_those_that_are_asked_for(monkeypatch, dtype, norm):
+    amp = choose_amp(monkeypatch, EVAL=True, AMP_DTYPE=dtype, AMP_LAYER_NORM=norm)
+    assert amp == (dtype, norm == "amp")
+
+
+def test_without_mixed_precision_on_the_device_the_run_says_so(monkeypatch):
+    said = []
+    assert choose_amp(monkeypatch, AMP=False, said=said) is None and said == []
+    assert choose_amp(monkeypatch, on_gpu=False, said=said) is None
+    assert choose_amp(monkeypatch, ["float16"], AMP_DTYPE="bfloat16", said=said) is None
+    assert ["a CPU has no AMP" in said[0], "this GPU has no bfloat16" in said[1]] == [True, True]
 
 
 @pytest.mark.parametrize("named, device", [(None, "gpu:0"), ("2", "gpu:2"), ("1,3", "gpu:1")])
@@ -99,13 +123,9 @@ def test_a_rank_takes_the_gpu_that_its_launcher_names(environment, monkeypatch, 
 def test_float16_with_a_numpy_that_breaks_its_scaling_is_refused(
     monkeypatch, numpy, evaluates, refused
 ):
-    config = get_config()
-    config.AMP, config.EVAL = True, evaluates
-    monkeypatch.setattr(paddle.amp, "is_float16_supported", lambda: True)
     monkeypatch.setattr(run.np, "__version__", numpy)
-    rank = SimpleNamespace(config=config, on_gpu=True, warnings=[])
     if refused:
         with pytest.raises(ConfigError, match=r"AMP_DTYPE float16 cannot run with NumPy 2\.4\.0"):
-            Run._can_amp(rank)
+            choose_amp(monkeypatch, AMP_DTYPE="float16", EVAL=evaluates)
     else:
-        assert Run._can_amp(rank)
+        assert choose_amp(monkeypatch, AMP_DTYPE="float16", EVAL=evaluates).dtype == "float16"

@@ -8,7 +8,7 @@ from golden import config_of
 
 from config import KEYS, value_of
 from datasets import ImageList, ImageSource
-from training import state
+from training import optim, state
 from weights import pdparams
 
 LINES = ["train/a.png 0", "train/b.png 1", "train/c.png 1"]
@@ -22,8 +22,9 @@ def write_list(folder, lines=LINES):
 
 def make_training(config, images="an id", warnings=None):
     """What state reads of a Training, at the start of its second epoch."""
+    amp = optim.Amp(config.AMP_DTYPE, config.AMP_LAYER_NORM == "amp") if config.AMP else None
     run = types.SimpleNamespace(
-        train_data=range(24), world_size=1, amp=config.AMP, on_gpu=False, list_digest=images,
+        train_data=range(24), world_size=1, amp=amp, on_gpu=config.AMP, list_digest=images,
         log=types.SimpleNamespace(warning=(warnings if warnings is not None else []).append),
     )  # fmt: skip
     updater = types.SimpleNamespace(move_to=lambda step: None)
@@ -80,12 +81,21 @@ def with_effect(key):
     config = config_of("tiny")
     config.TRAIN.MODEL_EMA = key.startswith("TRAIN.MODEL_EMA_")
     config.TRAIN.RAND_AUGMENT = key not in ("TRAIN.AUTO_AUGMENT", "TRAIN.COLOR_JITTER")
-    config.AMP = key == "AMP_DTYPE"
+    config.AMP = key in ("AMP_DTYPE", "AMP_LAYER_NORM", "DETERMINISTIC")
+    config.AMP_LAYER_NORM = "amp"
     return config
 
 
 @pytest.mark.parametrize(
-    "key", ["AMP_DTYPE", "TRAIN.MODEL_EMA_DECAY", "TRAIN.COLOR_JITTER", "TRAIN.AUTO_AUGMENT"]
+    "key",
+    [
+        "AMP_DTYPE",
+        "AMP_LAYER_NORM",
+        "DETERMINISTIC",
+        "TRAIN.MODEL_EMA_DECAY",
+        "TRAIN.COLOR_JITTER",
+        "TRAIN.AUTO_AUGMENT",
+    ],
 )
 def test_a_key_that_has_no_effect_is_not_compared(key):
     after = config_of("tiny")

@@ -159,10 +159,10 @@ def test_the_model_runs_inside_autocast_and_the_loss_outside(monkeypatch):
             losses.append((bool(inside), logits.dtype)) or real_loss(logits, *args, **kwargs)
         ),
     )
-    autocast = optim.build_autocast(True, "bfloat16")
+    autocast = optim.build_autocast(optim.Amp("bfloat16"))
     model, _ = train(make_batches(2, 2), autocast=autocast)
     evaluate.validate(model, make_batches(1, 2), lambda x, y: (x, y), autocast)
-    assert calls == [{"enable": True, "level": "O1", "dtype": "bfloat16"}] * 3
+    assert calls == [{"level": "O1", "dtype": "bfloat16"}] * 3
     assert losses == [(False, paddle.float32)] * 3
 
 
@@ -254,7 +254,7 @@ def scaler_on_cpu(monkeypatch):
     )
     tracer = types.SimpleNamespace(_expected_place=place)
     monkeypatch.setattr(paddle.amp.grad_scaler, "_dygraph_tracer", lambda: tracer)
-    return optim.build_scaler(True, "float16")
+    return optim.build_scaler(optim.Amp("float16"))
 
 
 def test_an_overflow_skips_the_step_the_ema_and_the_learning_rate(scaler_on_cpu):
@@ -279,7 +279,7 @@ def test_an_overflow_skips_the_step_the_ema_and_the_learning_rate(scaler_on_cpu)
     batches[1][0][0] = 1e38  # its gradients overflow
     training = make_training(
         batches, model, optimizer, batch_transform=transform,
-        autocast=optim.build_autocast(True, "float16"),
+        autocast=optim.build_autocast(optim.Amp("float16")),
     )  # fmt: skip
     training.updater = updater
     with pytest.raises(NonFiniteLoss):

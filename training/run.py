@@ -47,7 +47,7 @@ class Run:
         start: the resume.Start that the run goes on from.
         folder: where this run's files go.
         log, metrics: a logging.Logger, a MetricsFile.
-        amp: whether the model runs in mixed precision: asked for, and the device can.
+        amp: the optim.Amp that was asked for and that the device can; None without.
         autocast: makes the context in which the model runs.
     """
 
@@ -63,9 +63,13 @@ class Run:
         self.config = config
         self.rank, self.world_size = init_distributed()
         self.on_gpu = paddle.get_device().startswith("gpu")
+        if self.on_gpu and config.DETERMINISTIC:  # a CPU's Paddle does not know the flag
+            # The gradient of the patch embedding's weight; nothing else in a step adds up in an
+            # order that changes.
+            paddle.set_flags({"FLAGS_cudnn_deterministic": True})
         self.warnings = []  # for the log, once there is one
-        self.amp = self._can_amp()
-        self.autocast = optim.build_autocast(self.amp, config.AMP_DTYPE)
+        self.amp = self._choose_amp()
+        self.autocast = optim.build_autocast(self.amp)
         paddle.seed(config.SEED)
         self.model = build_model(config)
         try:
@@ -92,23 +96,31 @@ class Run:
         self.metrics = MetricsFile(self.folder, self.rank)
         self._log_start()
 
-    def _can_amp(self):
-        config = self.config
+    def _choose_amp(self):
+        config, dtype = self.config, self.config.AMP_DTYPE
+        if not config.AMP:
+            return None
+        if not self.on_gpu:
+            self.warnings.append("-amp has no effect: a CPU has no AMP: running float32")
+            return None
         supported = {
             "float16": paddle.amp.is_float16_supported,
             "bfloat16": paddle.amp.is_bfloat16_supported,
         }
-        amp = config.AMP and self.on_gpu and supported[config.AMP_DTYPE]()
-        if config.AMP and not amp:
-            why = f"this GPU has no {config.AMP_DTYPE}" if self.on_gpu else "a CPU has no AMP"
-            self.warnings.append(f"-amp has no effect: {why}: running float32")
+        if dtype == "auto":  # in evaluation the same on all GPUs, as is then the accuracy
+            has_bfloat16 = not config.EVAL and supported["bfloat16"]()
+            dtype = "bfloat16" if has_bfloat16 else "float16"
+        if not supported[dtype]():
+            self.warnings.append(f"-amp has no effect: this GPU has no {dtype}: running float32")
+            return None
         old_numpy = np.lib.NumpyVersion(np.__version__) < "2.4.0"
-        if amp and config.AMP_DTYPE == "float16" and not (config.EVAL or old_numpy):
+        if dtype == "float16" and not (config.EVAL or old_numpy):
             raise ConfigError(
                 f"AMP_DTYPE float16 cannot run with NumPy {np.__version__}, where Paddle's loss "
                 "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16"
             )
-        return amp
+        by_type = {"auto": dtype == "bfloat16", "amp": True, "float32": False}
+        return optim.Amp(dtype, by_type[config.AMP_LAYER_NORM])
 
     def _refuse_other_weights(self):
         """Raises NotThisModel where the weights that are asked for are another model's."""
@@ -173,6 +185,9 @@ class Run:
         parameters = sum(int(param.size) for param in self.model.parameters())
         for line in describe_machine(self.world_size):
             self.log.info(line)
+        if self.amp:
+            norm = self.amp.dtype if self.amp.layer_norm else "float32"
+            self.log.info(f"mixed precision in {self.amp.dtype}, LayerNorm in {norm}")
         self.log.info(f"{self.config.MODEL.NAME}: {parameters:,} parameters")
         settings = [f"{key} {show(value)}" for key, value in changed(self.config).items()]
         self.log.info(f"settings that differ from config.py: {', '.join(settings)}")

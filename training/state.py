@@ -120,7 +120,7 @@ DECIDES = (
     "TRAIN.CUTMIX_ALPHA", "TRAIN.CUTMIX_MINMAX",
     "TRAIN.RANDOM_ERASE_PROB", "TRAIN.RANDOM_ERASE_MODE", "TRAIN.RANDOM_ERASE_COUNT",
     "TRAIN.RANDOM_ERASE_SPLIT",
-    "AMP_DTYPE",
+    "AMP_DTYPE", "AMP_LAYER_NORM", "DETERMINISTIC",
 )  # fmt: skip
 # Keys that a checkpoint has under names of its own, as PaddleViT's and earlier ones do.
 OWN_NAMES = {
@@ -146,8 +146,11 @@ DOES_NOT_DECIDE = (
 def run_facts(training):
     """The facts that must not change for a resumed run to be the same bit for bit."""
     config, run = training.config, training.run
-    off = _without_effect(config.TRAIN, run.amp)
+    off = _without_effect(config.TRAIN, run)
     settings = {key: value_of(config, key) for key in DECIDES if key not in off}
+    if run.amp:  # what "auto" has come to
+        norm = "amp" if run.amp.layer_norm else "float32"
+        settings.update(AMP_DTYPE=run.amp.dtype, AMP_LAYER_NORM=norm)
     return {
         "images": len(run.train_data),
         "list": run.list_digest,
@@ -156,15 +159,16 @@ def run_facts(training):
         "on_gpu": run.on_gpu,
         **{name: value_of(config, key) for name, key in OWN_NAMES.items()},
         "accum_iter": training.accum_iter,
-        "amp": run.amp,
+        "amp": bool(run.amp),
         **{key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()},
     }
 
 
-def _without_effect(train, amp):
+def _without_effect(train, run):
     """The keys of DECIDES that another key, or the device, has turned off."""
     off = {  # by the beginning of their names
-        "AMP_DTYPE": not amp,
+        "AMP_": not run.amp,
+        "DETERMINISTIC": not run.on_gpu,
         "TRAIN.WARMUP_EPOCHS": train.WARMUP_STEPS is not None,
         "TRAIN.AUTO_AUGMENT": train.RAND_AUGMENT,
         "TRAIN.COLOR_JITTER": train.RAND_AUGMENT or train.AUTO_AUGMENT,
@@ -176,7 +180,12 @@ def _without_effect(train, amp):
 
 
 # What every run had before checkpoints said so.
-_BEFORE_IT_WAS_WRITTEN = {"optimizer": "AdamW", "lr_schedule": "cosine"}
+_BEFORE_IT_WAS_WRITTEN = {
+    "optimizer": "AdamW",
+    "lr_schedule": "cosine",
+    "AMP_LAYER_NORM": "float32",
+    "DETERMINISTIC": False,
+}
 
 
 def optimizer_state(optimizer, model):
@@ -378,7 +387,10 @@ def restore_optimizer(optimizer, model, state):
     ):
         return False
     for structured, own in names.items():
-        current[own].set_value(paddle.to_tensor(state[structured]).astype(current[own].dtype))
+        # Where it was: AdamW has the powers of its betas on the host, and with them on a GPU each
+        # parameter would take a launch more (paddle/optimizer/adam.py).
+        old = current[own]
+        old.set_value(paddle.to_tensor(state[structured], dtype=old.dtype, place=old.place))
     return True
 
 

@@ -58,7 +58,7 @@ class Training:
         self.learning_rate = optim.LearningRate(train, self.images_per_step, self.steps_per_epoch)
         schedule = optim.build_schedule(self.learning_rate)
         self.optimizer = optim.build_optimizer(self.config, run.model, schedule)
-        self.scaler = optim.build_scaler(run.amp, self.config.AMP_DTYPE)
+        self.scaler = optim.build_scaler(run.amp)
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
         self.batch_transform = BatchTransform(self.config, train=True)
