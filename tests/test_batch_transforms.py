@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 import pytest
+from crossings import count_crossings
 
 import transforms
 from config import get_config
@@ -10,8 +11,6 @@ from transforms import Mix
 
 BATCH, HEIGHT, WIDTH, CLASSES = 5, 12, 16, 7  # odd: the middle image is its own partner
 MODES = ("batch", "pair", "elem")
-HOST_READS = ("numpy", "item", "tolist", "cpu", "__array__")
-HOST_READS += ("__bool__", "__float__", "__int__", "__index__")
 
 
 def draw_uint8(batch=BATCH, seed=0):
@@ -397,13 +396,10 @@ def test_nothing_is_read_back_from_the_device(monkeypatch, mode, erase_mode, swi
         RANDOM_ERASE_COUNT=2,
     )
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("A tensor was read on the host.")
-
     with monkeypatch.context() as patch:
-        for name in HOST_READS:
-            patch.setattr(paddle.Tensor, name, refuse)
+        seen = count_crossings(patch)
         images, targets = run(config)
+    assert seen["read"] == []
     assert images.dtype == targets.dtype == paddle.float32
 
 

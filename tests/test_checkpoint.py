@@ -205,6 +205,27 @@ def test_optimizer_state_survives_other_parameter_names(tmp_path, name):
         assert param == "head.bias" or not np.array_equal(value.numpy(), start[param]), param
 
 
+def test_optimizer_state_goes_back_to_the_device_that_it_was_on(monkeypatch):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train_steps(model, optimizer, [1])
+    tensors = {k: v.numpy() for k, v in state.optimizer_state(optimizer, model).items()}
+    real, places = paddle.to_tensor, []
+
+    def to_tensor(value, dtype, place):
+        places.append(place)
+        return real(value, dtype, paddle.CPUPlace())
+
+    monkeypatch.setattr(state.paddle, "to_tensor", to_tensor)
+    # Paddle has these on the host though the model is on a GPU: as if the rest were on one.
+    kept = type("Place", (), {})()
+    monkeypatch.setattr(
+        paddle.Tensor, "place", property(lambda t: "host" if "beta" in t.name else kept)
+    )
+    assert state.restore_optimizer(make_optimizer(model), model, tensors)
+    assert places.count("host") == places.count(kept) == 2 * len(model.parameters())
+
+
 def test_optimizer_state_has_structured_names_only(tmp_path):
     model = make_model()
     optimizer = make_optimizer(model)

@@ -555,6 +555,14 @@ def test_batches_do_not_depend_on_the_number_of_workers(folder):
             assert np.array_equal(labels, expected_labels)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_on_the_device_when_the_loop_gets_them(folder, workers, monkeypatch):
+    monkeypatch.setattr(loader, "_unpack", lambda batches: batches)
+    batches = build_loader(dataset_of(folder), EvalSampler(11, 8, 0, 1), workers, SIZE)
+    # Pinned memory is the host's; without it the reader thread copies, two batches ahead.
+    assert not batches.pin_memory and batches.use_buffer_reader
+
+
 @pytest.mark.parametrize("workers", [0, 1, 5])
 def test_loaders_end_with_a_short_batch_and_take_more_workers_than_batches(folder, workers):
     loaded = batches_of(dataset_of(folder), EvalSampler(11, 8, 0, 1), workers)

@@ -150,7 +150,7 @@ def test_the_commands_are_those_of_the_scripts():
 
 def test_fine_tuning_is_the_same_command_on_both_pages_and_its_keys_fit():
     def command(page):
-        (text,) = [s for s in snippets(page, "shell") if "-pretrained gmlp_s16_224.pdparams" in s]
+        (text,) = [s for s in snippets(page, "shell") if "TRAIN.LAYER_DECAY" in s]
         words = shlex.split(text.replace("\\\n", " "))
         start = words.index("main_multi_gpu.py")
         return words[start + 1 : words.index("0.8", start) + 1]

@@ -95,12 +95,31 @@ def test_the_types_of_mixed_precision_are_those_that_are_asked_for(monkeypatch, 
     assert amp == (dtype, norm == "amp")
 
 
+@pytest.mark.parametrize("version, said", [("2.6.2", True), ("3.3.1", False)])
+def test_mixed_precision_of_paddle_2_is_warned_of(monkeypatch, version, said):
+    warnings = []
+    monkeypatch.setattr(paddle, "__version__", version)
+    choose_amp(monkeypatch, EVAL=True, said=warnings)
+    assert ["take Paddle 3" in warning for warning in warnings] == [True] * said
+
+
 def test_without_mixed_precision_on_the_device_the_run_says_so(monkeypatch):
     said = []
     assert choose_amp(monkeypatch, AMP=False, said=said) is None and said == []
     assert choose_amp(monkeypatch, on_gpu=False, said=said) is None
     assert choose_amp(monkeypatch, ["float16"], AMP_DTYPE="bfloat16", said=said) is None
     assert ["a CPU has no AMP" in said[0], "this GPU has no bfloat16" in said[1]] == [True, True]
+
+
+@pytest.mark.parametrize("on_gpu, asked", [(True, True), (True, False), (False, True)])
+def test_a_gpu_gives_the_same_bits_each_time_unless_a_key_says_otherwise(
+    monkeypatch, on_gpu, asked
+):
+    config, flags = get_config(), {}
+    config.DETERMINISTIC = asked
+    monkeypatch.setattr(paddle, "set_flags", flags.update)
+    Run._choose_algorithms(SimpleNamespace(config=config, on_gpu=on_gpu))
+    assert flags == ({"FLAGS_cudnn_deterministic": True} if on_gpu and asked else {})
 
 
 @pytest.mark.parametrize("named, device", [(None, "gpu:0"), ("2", "gpu:2"), ("1,3", "gpu:1")])

@@ -63,10 +63,7 @@ class Run:
         self.config = config
         self.rank, self.world_size = init_distributed()
         self.on_gpu = paddle.get_device().startswith("gpu")
-        if self.on_gpu and config.DETERMINISTIC:  # a CPU's Paddle does not know the flag
-            # The gradient of the patch embedding's weight; nothing else in a step adds up in an
-            # order that changes.
-            paddle.set_flags({"FLAGS_cudnn_deterministic": True})
+        self._choose_algorithms()
         self.warnings = []  # for the log, once there is one
         self.amp = self._choose_amp()
         self.autocast = optim.build_autocast(self.amp)
@@ -96,6 +93,14 @@ class Run:
         self.metrics = MetricsFile(self.folder, self.rank)
         self._log_start()
 
+    def _choose_algorithms(self):
+        """Has cuDNN sum in an order that does not change; a CPU's Paddle does not know the flag.
+
+        It is for the gradient of the patch embedding's weight: the rest of a step needs none.
+        """
+        if self.on_gpu and self.config.DETERMINISTIC:
+            paddle.set_flags({"FLAGS_cudnn_deterministic": True})
+
     def _choose_amp(self):
         config, dtype = self.config, self.config.AMP_DTYPE
         if not config.AMP:
@@ -107,6 +112,11 @@ class Run:
             "float16": paddle.amp.is_float16_supported,
             "bfloat16": paddle.amp.is_bfloat16_supported,
         }
+        if paddle.__version__.startswith("2."):
+            self.warnings.append(
+                "-amp with Paddle 2.6 computes most of the model in float32: take Paddle 3 "
+                "(docs/install.md)"
+            )
         if dtype == "auto":  # in evaluation the same on all GPUs, as is then the accuracy
             has_bfloat16 = not config.EVAL and supported["bfloat16"]()
             dtype = "bfloat16" if has_bfloat16 else "float16"
