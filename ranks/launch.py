@@ -19,6 +19,7 @@ import time
 
 from ranks.host import available_cores, die_with_parent, number_in, remove_batches, stop_signals
 from ranks.report import REPORT_PIPE, has_launcher
+from ranks.watchdog import END_SECONDS as _END_SECONDS
 from utils import UserError, remove_temporary_files, show_path
 
 # How long ranks that were asked to end may take.  stop.py also limits how long a rank waits for the
@@ -156,9 +157,9 @@ def run(ranks, gpus, command, stdin=subprocess.DEVNULL):
 
     When a rank fails, the others are killed and its error is printed.  The signals that ask to end
     (host.stop_signals) are passed on as SIGTERM; a second one kills the ranks, and so does a minute
-    without a sign of life (report.report_alive, report.busy) after the first.  When this process is
-    killed, the kernel sends the ranks a SIGTERM.  A killed rank leaves no process, temporary file
-    or batch in shared memory.
+    without a sign of life (report.report_alive, report.busy) after the first.  A rank that reports
+    an error and lives on counts as failed.  When this process is killed, the kernel sends the ranks
+    a SIGTERM.  A killed rank leaves no process, temporary file or batch in shared memory.
 
     Args:
         ranks: number of processes.
@@ -180,14 +181,13 @@ def run(ranks, gpus, command, stdin=subprocess.DEVNULL):
         for rank, env in enumerate(_environments(ranks, bool(gpus)))
     ]
     os.close(writer)
-    failed = _wait(processes, received, reports)
+    failed, code = _wait(processes, received, reports)
     pids = _end_groups([process.pid for process in processes])
     reports.read()
     remove_batches(pids)
     if reports.folder:
         for pid in pids:
             remove_temporary_files(reports.folder, pid)
-    code = 0 if failed is None else processes[failed].returncode
     # The rank that knows what went wrong, even where another ended first as a consequence.
     own = next((error for error in reports.errors if error["status"]), None)
     if own:
@@ -203,6 +203,11 @@ def _describe_failure(failed, code, ranks, reports):
     """Prints which rank failed, with its error and its log.  Returns the exit status."""
     errors, folder = reports.errors, reports.folder
     message = next((error["error"] for error in errors if error["rank"] == failed), None)
+    if message is None and code == -signal.SIGALRM:
+        message = (
+            "no rank got any further for HANG_MINUTES: one hangs, or is gone, and the others wait "
+            "for it; where each of them was, the end of its log says"
+        )
     if message:
         print(message, file=sys.stderr, flush=True)
     if not message or ranks > 1:
@@ -322,19 +327,32 @@ class _Reports:
         for report in map(json.loads, lines):
             self.folder = report.get("folder", self.folder)
             if "error" in report:
-                self.errors.append(report)
+                self.errors.append({**report, "time": time.monotonic()})
             if "busy" in report:
                 (self._busy.add if report["busy"] else self._busy.discard)(report["rank"])
         return bool(lines or self._busy)
 
+    def late(self, codes):
+        """The first rank that reported an error and has not ended since then; None for none."""
+        limit = time.monotonic() - _END_SECONDS
+        ranks = [error["rank"] for error in self.errors if error["time"] <= limit]
+        return next((rank for rank in ranks if codes[rank] is None), None)
+
 
 def _wait(processes, received, reports):
-    """Waits for all; ends the rest when one fails or a signal came.  The first failed rank."""
-    failed, signalled, deadline = None, False, math.inf
+    """Waits for all; ends the rest when one fails or a signal came.
+
+    Returns:
+        The first failed rank, or None, and how it ended: as Popen.returncode has it, but 1 where it
+        had reported an error and did not end.
+    """
+    failed, late, signalled, deadline = None, None, False, math.inf
     while None in (codes := [process.poll() for process in processes]):
         now, heard = time.monotonic(), reports.read()
         if failed is None and (failed := _first_failed(codes)) is not None:
             deadline = now + (_GRACE_SECONDS if _is_as_asked(codes[failed]) else 0)
+        elif failed is None and (late := reports.late(codes)) is not None:
+            failed, deadline = late, now
         elif received.first and not signalled:
             signalled, deadline = True, now + _SILENCE_SECONDS
             _signal_all(processes, signal.SIGTERM)
@@ -349,7 +367,8 @@ def _wait(processes, received, reports):
             _signal_all(processes, signal.SIGKILL)
             deadline = math.inf
         time.sleep(0.02)
-    return _first_failed(codes) if failed is None else failed
+    failed = _first_failed(codes) if failed is None else failed
+    return failed, 0 if failed is None else 1 if late is not None else codes[failed]
 
 
 def _first_failed(codes):

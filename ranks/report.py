@@ -8,6 +8,8 @@ import json
 import os
 import sys
 
+from ranks.watchdog import watchdog
+
 REPORT_PIPE = "GMLP_REPORT_PIPE"  # the file descriptor on which a rank tells its launcher things
 
 
@@ -19,6 +21,8 @@ def has_launcher():
 def report_error(message, status=None):
     """Prints an error, or has the launcher print it once however many ranks report it.
 
+    A rank that does not end within watchdog.END_SECONDS after that is killed.
+
     Args:
         message: one sentence.
         status: what this rank ends with, for an error of its own; None where it may only be the
@@ -28,6 +32,7 @@ def report_error(message, status=None):
     text = message.encode(errors="replace")[-3000:].decode(errors="ignore")
     if not _report(error=text, status=status):
         print(message, file=sys.stderr, flush=True)
+    watchdog.limit_end()
 
 
 def report_folder(folder):

@@ -14,7 +14,6 @@ the next report (share).  Before a signal comes this costs training one small al
 """
 
 import contextlib
-import faulthandler
 import itertools
 import signal
 import time
@@ -25,10 +24,7 @@ from paddle import distributed as dist
 from ranks import host
 from ranks.collective import add_in_store, all_reduce_max
 from ranks.report import report_alive
-
-# Longer than any save or evaluation takes.  Beyond it a host has gone without closing its
-# connections, and this rank waits in C++ code that neither returns nor lets Python run.
-_BARRIER_SECONDS = 1800
+from ranks.watchdog import watchdog
 
 _QUIT = 1 << 30  # what a rank that will not come adds to a barrier's count, instead of 1
 _barriers = itertools.count()
@@ -70,7 +66,8 @@ class StopRequest:
             self.signal_number = number
 
     def show_life(self):
-        """Tells the launcher, once a signal has come, that another batch is done."""
+        """Tells the watchdog, and once a signal has come the launcher, that a batch is done."""
+        watchdog.show_life()
         if self.signal_number is not None:
             report_alive()
 
@@ -126,7 +123,7 @@ request = StopRequest()
 
 
 def barrier():
-    """Waits until every rank is here, however long that takes.
+    """Waits until every rank is here, for as long as one of the others gets on.
 
     gloo's collectives give up after 30 seconds, which ranks can be apart after a long evaluation or
     while one of them writes a checkpoint.  Paddle's key-value store has no such limit.
@@ -153,13 +150,12 @@ def leave_together():
 
 
 def _wait_for_all(key):
-    """How many ranks are here, once all are; ends this process where that takes too long."""
-    faulthandler.dump_traceback_later(_BARRIER_SECONDS, exit=True)
-    try:
-        here = add_in_store(key, 1)
-        while here < dist.get_world_size():
-            time.sleep(0.01)
-            here = add_in_store(key, 0)
-        return here
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    """How many ranks are here, once all are; the watchdog ends a wait for ranks that hang."""
+    watchdog.show_life()
+    here = add_in_store(key, 1)
+    while here < dist.get_world_size():
+        time.sleep(0.01)
+        watchdog.follow_others()
+        here = add_in_store(key, 0)
+    watchdog.show_life()
+    return here

@@ -95,6 +95,7 @@ def validate(model, batches, batch_transform, autocast):
         with autocast():
             logits = model(images)
         scores.add(logits, labels)
+        stop.request.show_life()
     stop.barrier()
     return scores.result()
 

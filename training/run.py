@@ -20,6 +20,7 @@ from ranks.collective import broadcast_object, init_distributed
 from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
+from ranks.watchdog import watchdog
 from training import optim, resume
 from training.whose import whose
 from utils import (
@@ -61,6 +62,7 @@ class Run:
             ConfigError, DataError, WeightsError: what the user asked for cannot be had.
         """
         self.config = config
+        watchdog.start(config.HANG_MINUTES)
         self.rank, self.world_size = init_distributed()
         self.on_gpu = paddle.get_device().startswith("gpu")
         self._choose_algorithms()
@@ -92,6 +94,7 @@ class Run:
         self.log = setup_logging(self.folder, self.rank)
         self.metrics = MetricsFile(self.folder, self.rank)
         self._log_start()
+        watchdog.log_to(self.log)
 
     def _choose_algorithms(self):
         """Has cuDNN sum in an order that does not change; a CPU's Paddle does not know the flag.
