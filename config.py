@@ -145,8 +145,8 @@ KEYS = {
     # new: what computes -eval on a CPU: the model's layers, or Paddle Inference in a type; auto:
     # Paddle Inference in float32 for more than 1,000 images a rank, as it takes seconds to start
     "CPU_INFERENCE": _text("auto", choices=["auto", "layers", "float32", "bfloat16"]),
-    # new: minutes without a batch, after which a rank that hangs ends (and with it the run, where
-    # there are several ranks); more than a step, REPORT_FREQ batches or a checkpoint take; 0: never
+    # new: minutes without a finished batch or checkpoint after which a rank counts as hanging and
+    # ends, where there are several; a step and REPORT_FREQ batches have to take less; 0: never
     "HANG_MINUTES": _real(30, 0, 10000),
     "SEED": _whole(0, 0, 2**63 - 1),  # of every random draw
     "EVAL": _switch(False),  # evaluate only

@@ -433,6 +433,31 @@ def test_an_error_that_all_ranks_report_is_printed_once(tmp_path, ranks):
     assert len(named) == (ranks > 1) and all(line.startswith("rank ") for line in named)
 
 
+@pytest.mark.parametrize("reported, ended", [(None, 1), (2, 2)])
+def test_a_rank_that_reports_an_error_and_lives_on_ends_the_run(tmp_path, reported, ended):
+    # As in NCCL's teardown: it neither ends nor lets Python run.
+    code = f"""
+import os, signal, sys
+from ranks import report
+{STARTED}
+while not all(os.path.exists(f"{{sys.argv[1]}}/{{other}}") for other in (0, 1)): pass
+if rank == "1": report.report_error("the disk is full", {reported})
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+while True: signal.pause()
+"""
+    status, err = run_launcher(tmp_path, 2, code, end=0.5)
+    named = f"rank 1 of 2 failed (exit status {ended}); the other ranks were ended"
+    assert (status, err.splitlines()) == (ended, ["the disk is full", named])
+    assert not any(map(is_running, started(tmp_path, 2)))
+
+
+def test_a_rank_that_reports_an_error_has_time_to_end(tmp_path):
+    code = "import sys, time; from ranks import report\n"
+    code += "report.report_error('the disk is full', 1); time.sleep(0.5); sys.exit(3)"
+    status, err = run_launcher(tmp_path, 1, code)
+    assert (status, err) == (1, "the disk is full\n")
+
+
 def test_without_a_launcher_an_error_is_printed_at_once(environment, capsys):
     report.report_error("wrong")
     assert capsys.readouterr().err == "wrong\n"

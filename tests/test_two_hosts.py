@@ -51,14 +51,14 @@ class Host:
                     continue
             time.sleep(0.02)
 
-    def start(self, log, launcher, arguments, prefix=(), **env):
+    def start(self, log, launcher, program, arguments, prefix=(), **env):
         """The launcher as a process; log gets what it and its ranks print."""
         command = [
             "ip", "netns", "exec", self.namespace, *prefix,
             sys.executable, "-m", "paddle.distributed.launch",
             "--master", "10.0.0.1:8090", "--host", self.address, "--nnodes", 2,
             "--rank", self.number, "--log_dir", log.with_suffix(".launch"), *launcher,
-            ROOT / "main_multi_gpu.py", "-cfg", CONFIG, *arguments,
+            program, "-cfg", CONFIG, *arguments,
         ]  # fmt: skip
         # A proxy would get the launchers' requests, and a launcher's variables are meant for ranks.
         left_out = ("_proxy", "_PROXY")
@@ -97,11 +97,15 @@ class Hosts:
     def __init__(self, pair, folder):
         self.pair, self.folder = pair, folder
 
-    def start(self, *arguments, launcher=("--nproc_per_node", 1), opts=None, disks=None, **env):
+    def start(
+        self, *arguments, launcher=("--nproc_per_node", 1), program=ROOT / "main_multi_gpu.py",
+        opts=None, disks=None, **env,
+    ):  # fmt: skip
         """The two launchers, and the paths of their logs.
 
         Args:
             arguments: main_multi_gpu.py's; the same on both hosts.
+            program: what runs with them.
             launcher: further arguments of Paddle's launcher.
             opts: config keys.
             disks: (a folder, host 0's folder in its place, host 1's), or None where they share all.
@@ -113,7 +117,7 @@ class Hosts:
         processes = []
         for host, log in zip(self.pair, logs):
             prefix = ("sh", "-c", OWN_DISK, "sh", disks[1 + host.number], disks[0]) if disks else ()
-            processes.append(host.start(log, launcher, arguments, prefix, **env))
+            processes.append(host.start(log, launcher, program, arguments, prefix, **env))
         return processes, logs
 
     def run(self, *arguments, **kwargs):
@@ -353,3 +357,63 @@ def test_sigterm_to_a_launcher_saves_and_a_restart_goes_on(
     log = hosts.check(*arguments)
     assert f"epoch 1/{EPOCHS}:" not in log
     assert_same_end(folder, one_host)
+
+
+# main_multi_gpu.py; in rank 1's fourth collective something happens first.
+STAND_IN = f"""
+import ctypes, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from ranks import host, watchdog
+host.import_paddle()
+import main_multi_gpu
+from paddle import distributed as dist
+
+real, calls, libc = dist.all_reduce, [], ctypes.CDLL(None)
+def hang_at_the_end():
+    watchdog.END_SECONDS = 1
+    libc.__cxa_atexit(ctypes.cast(libc.pause, ctypes.c_void_p), None, None)
+    raise OSError("the disk is full")
+def all_reduce(*args, **kwargs):
+    calls.append(1)
+    if os.environ["PADDLE_TRAINER_ID"] == "1" and len(calls) == 4:
+        %s
+    return real(*args, **kwargs)
+dist.all_reduce = all_reduce
+sys.exit(main_multi_gpu.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("happens", "ended", "tell"),  # by SIGALRM, and where they were
+    [
+        ("ctypes.PyDLL(None).sleep(600)", [0, 1], [0, 1]),  # in C code, with Python's lock
+        ("os.kill(os.getpid(), signal.SIGSTOP)", [0, 1], [0]),
+        (f"os.system('ip link set {INTERFACE} down')", [0, 1], [0, 1]),  # the cable
+        ("hang_at_the_end()", [1], []),
+    ],
+    ids=["C", "stopped", "cable", "end"],
+)
+def test_a_hang_on_one_host_ends_the_ranks_on_both(
+    happens, ended, tell, hosts, few_digits, tmp_path
+):
+    program, second = tmp_path / "program.py", hosts.pair[1]
+    program.write_text(STAND_IN % happens)
+    opts = {**OPTS, "HANG_MINUTES": 0.2, "REPORT_FREQ": 1}  # sooner than gloo's 30 s
+    arguments = ("-data_path", few_digits, "-output", tmp_path / "runs")
+    processes, logs = hosts.start(*arguments, program=program, opts=opts)
+    try:
+        statuses = [processes[0].wait(timeout=SURVIVOR_SECONDS)]
+        for pid in second.pids():
+            os.kill(pid, signal.SIGCONT)
+        statuses.append(processes[1].wait(timeout=SURVIVOR_SECONDS))
+    finally:
+        run(["ip", "-n", second.namespace, "link", "set", INTERFACE, "up"])
+    assert 0 not in statuses
+    assert_nothing_runs(hosts)
+    folder = only(tmp_path / "runs", "train-*")
+    printed = [log.read_text() for log in logs]
+    own = [(folder / f"log_{rank}.txt").read_text() for rank in (0, 1)]
+    assert [rank for rank in (0, 1) if "code -14" in printed[rank]] == ended, printed
+    assert [rank for rank in (0, 1) if "Timeout (0:00:12)!" in own[rank]] == tell, own
+    assert ("the disk is full" in printed[1]) == (ended == [1])

@@ -91,7 +91,9 @@ def test_an_epoch_and_another_ranks_validation_may_take_longer_than_the_limit(fe
     run_ranks(2, 1.2, LONG, few_digits, tmp_path, opts).check()
     (folder,) = tmp_path.iterdir()
     assert [row["images"] for row in metrics(folder, "eval")] == [101]
-    assert time.monotonic() - start > 10 * 0.15 + 10 * 0.3  # the epoch's batches, rank 1's validation
+    assert (
+        time.monotonic() - start > 10 * 0.15 + 10 * 0.3
+    )  # the epoch's batches, rank 1's validation
     assert "Timeout" not in "".join(path.read_text() for path in folder.glob("log_*.txt"))
 
 
