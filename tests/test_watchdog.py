@@ -72,7 +72,7 @@ def test_ranks_that_hang_end_and_their_logs_say_where_they_are(few_digits, tmp_p
     result = run_ranks(3, 1, code, few_digits, output, {"HANG_MINUTES": 90})
     assert result.status == 128 + signal.SIGALRM, result.err
     assert not any(is_running(int((tmp_path / str(rank)).read_text())) for rank in range(3))
-    hung, named = result.err.splitlines()
+    *_, hung, named = result.err.splitlines()
     assert hung.startswith("no rank got any further for HANG_MINUTES: one hangs, or is gone, ")
     (folder,) = output.iterdir()
     assert any(
