@@ -22,7 +22,7 @@ from ranks.report import REPORT_PIPE, has_launcher
 from ranks.watchdog import END_SECONDS as _END_SECONDS
 from utils import UserError, remove_temporary_files, show_path
 
-# How long ranks that were asked to end may take.  stop.py also limits how long a rank waits for the
+# How long ranks that were asked to end may take.  watchdog.py limits how long a rank waits for the
 # others, loader.py how long for a worker, gloo a collective (30 s).
 _GRACE_SECONDS = 20  # between the end of a rank that was asked to end and that of the others
 _SILENCE_SECONDS = 60  # of ranks that were asked to end: one that hangs has no other end
@@ -368,7 +368,8 @@ def _wait(processes, received, reports):
             deadline = math.inf
         time.sleep(0.02)
     failed = _first_failed(codes) if failed is None else failed
-    return failed, 0 if failed is None else 1 if late is not None else codes[failed]
+    code = 0 if failed is None else codes[failed]
+    return failed, code if late is None else 1
 
 
 def _first_failed(codes):
