@@ -166,6 +166,23 @@ def test_files_of_paddle_2_6_and_numpy_1_read_bit_for_bit(kind, protocol):
             assert same(array, native), name
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_the_names_that_paddle_gave_tensors_come_beside_them(tmp_path, protocol):
+    tree = training_checkpoint()
+    path = str(tmp_path / "last.pdparams")
+    paddle.save(tree, path, protocol=protocol)
+    read, names = pdparams.read_with_names(path)
+    read["optimizer"].pop("LR_Scheduler"), tree["optimizer"].pop("LR_Scheduler")
+    for part in ("model", "optimizer"):
+        found = {key: names.pop(id(array)) for key, array in read[part].items()}
+        assert found == {key: tensor.name for key, tensor in tree[part].items()}
+    assert not names
+    paddle.save(tree["model"], path, protocol=protocol)
+    assert pdparams.read_with_names(path)[1] == {}  # as arrays, with a table
+    _, names = pdparams.read_with_names(DATA / f"training_{protocol}.pickle")  # of Paddle 2.6
+    assert {"conv2d_0.w_0", "linear_0.b_0_beta2_pow_acc_0"} <= set(names.values())
+
+
 def test_names_of_numpy_1_and_2_are_the_same(tmp_path):
     one = pickle.dumps({"a": np.arange(3), "b": np.float64(1)}, 2).replace(b"_core", b"core")
     two = one.replace(b"cnumpy.core.", b"cnumpy._core.")
@@ -508,6 +525,10 @@ def array(shape=None, kind=None, data=None, fortran=b"\x89"):
     return made + state + b"b"
 
 
+def tensor(name, data=None):
+    return call("builtins", "tuple", several(name, data or array()))
+
+
 def calls(marker):
     """Pickles that would leave the file `marker` if any of what they name were called."""
     shell, python = f"touch {marker}", f"open({str(marker)!r}, 'w')"
@@ -633,6 +654,14 @@ def odd_values():
         "bytes of a length": call("builtins", "bytes", integer(2**40)),
         "an ordinary tuple, called": call("builtins", "tuple", several(integer(1), integer(2))),
         "a tuple of a string": call("builtins", "tuple", text("abc")),
+        "a tensor without a name": tensor(b"N"),
+        "a tensor with a number for a name": tensor(integer(1)),
+        "a tensor with a list for a name": tensor(b"]"),
+        "a tensor with an escape in its name": tensor(text("\x1b[2J")),
+        "a tensor whose name is 9 million letters": tensor(text("a" * 9_000_000)),
+        "a tensor of a scalar": tensor(
+            text("a"), call("numpy.core.multiarray", "scalar", dtype(), binary(bytes(4)))
+        ),
         "encode to zlib": call("_codecs", "encode", text("a"), text("zlib_codec")),
         "encode a list": call("_codecs", "encode", b"]", text("latin1")),
         "encode what latin1 has not": call("_codecs", "encode", text("模"), text("latin1")),
@@ -1014,6 +1043,7 @@ def test_a_refusal_names_what_the_file_asks_for(verdicts):
     assert "opcode BINPERSID" in verdicts["binary persistent id"].raised
     assert "key that is no name" in verdicts["key with an escape"].raised
     assert "key that is no name" in verdicts["safetensors name with an escape"].raised
+    assert "a key that is no name" in verdicts["a tensor with an escape in its name"].raised
     assert "too long a header" in verdicts["a header of a gigabyte"].raised
     assert "holds too many items" in verdicts["a flood of globals"].raised
     for name in ("shape 0 by 2**62", "BF16 0 by 2**63", "shape of 65 ones, one byte", "overlap"):
@@ -1036,6 +1066,7 @@ def test_the_payloads_of_the_hostile_files_are_real(tmp_path):
 
 def test_the_arrays_that_hostile_files_bend_are_read_when_straight(tmp_path):
     assert read_bytes(tmp_path, in_dict(array()))["a"].tolist() == [0, 0]
+    assert read_bytes(tmp_path, in_dict(tensor(text("linear_0.w_0"))))["a"].tolist() == [0, 0]
     assert read_bytes(tmp_path, in_dict(array(kind=dtype("f8"), shape=several())))["a"].shape == ()
 
 

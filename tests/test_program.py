@@ -43,6 +43,7 @@ import main_multi_gpu
 from config import get_config
 from gmlp import build_gmlp
 from ranks.report import REPORT_PIPE
+from training import moments
 from weights import checkpoint, pdparams
 
 
@@ -215,32 +216,42 @@ def test_evaluation_of_weights_with_a_nan_says_so(trained, few_digits, tmp_path)
     assert scores["acc1"] == 0 and scores["loss"] is None and "loss nan" in result.out
 
 
-def paddlevit_checkpoint(path, trained):
-    """A checkpoint as PaddleViT writes it, with Paddle's own names in the optimizer state."""
-    model = build_gmlp(get_config(trained / "config.yaml"))
-    model.set_state_dict(paddle.load(str(trained / "best_weights.pdparams")))
-    optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
-    model(paddle.zeros([1, 3, 28, 28])).sum().backward()
-    optimizer.step()
+def as_paddlevit_saves_it(path, source):
+    """A checkpoint as PaddleViT's program would have written it; the names are this process's."""
+    model, average = (build_gmlp(get_config(source.parent / "config.yaml")) for _ in "ab")
+    tree = pdparams.read(source)
+    checkpoint.assign_weights(model, tree["model"], source)
+    checkpoint.assign_weights(average, tree["model_ema"], source)
+    scheduler = paddle.optimizer.lr.CosineAnnealingDecay(0.1, 10)
+    optimizer = paddle.optimizer.AdamW(scheduler, parameters=model.parameters())
+    assert moments.restore_optimizer(optimizer, model, tree["optimizer"]) == ([], [])
+    assert f"{model.head.weight.name}_moment1_0" in optimizer.state_dict()
     tree = {
         "model": model.state_dict(),
+        "model_ema": average.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "epoch": 1,
-        "lr_scheduler": {"last_epoch": 1, "last_lr": 0.001},
+        "epoch": tree["epoch"],
+        "lr_scheduler": scheduler.state_dict(),
+        "amp_grad_scaler": {},
     }
     paddle.save(tree, str(path))
 
 
-def test_a_checkpoint_of_paddlevit_is_gone_on_from(trained, few_digits, tmp_path):
-    paddlevit_checkpoint(tmp_path / "vit.pdparams", trained)
+def test_a_run_of_paddlevit_that_goes_on_here_ends_with_the_bits_of_one_that_was_always_here(
+    trained, few_digits, tmp_path
+):
+    as_paddlevit_saves_it(tmp_path / "vit.pdparams", trained / "Epoch-1.pdparams")
     result = run_program(
-        "-data_path", few_digits, "-output", tmp_path, "-resume", tmp_path / "vit.pdparams",
-        opts=SMALL,
+        "-data_path", few_digits, "-output", tmp_path, "-nprocs", 2,
+        "-resume", tmp_path / "vit.pdparams", opts=SMALL,
     ).check()  # fmt: skip
-    assert "going on with epoch 2" in result.out
-    assert "no optimizer state that fits this model" in result.out
-    assert "no averaged weights" in result.out
+    assert "AdamW's state of 26 of 26 parameters is taken over" in result.out
+    assert "starts fresh" not in result.out and "no averaged weights" not in result.out
     assert "epoch 2/2" in result.out and "epoch 1/2" not in result.out
+    (folder,) = tmp_path.glob("train-*")
+    straight, resumed = (pdparams.read(f / "Epoch-2.pdparams") for f in (trained, folder))
+    for key in ("model", "model_ema", "optimizer", "step", "lr_scheduler"):
+        assert same(straight[key], resumed[key]), key
 
 
 def test_last_epoch_counts_epochs_as_done(trained, few_digits, tmp_path):

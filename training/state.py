@@ -7,7 +7,6 @@ draw is a function of the place in the training.
 
 import math
 import os
-import re
 import warnings
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ import paddle
 from config import value_of
 from ranks import host
 from ranks.report import busy
+from training import moments
+from utils import show
 from weights import WeightsError, assign_weights, checkpoint, pdparams
 from weights.checkpoint import is_empty, weights_of
 
@@ -84,7 +85,7 @@ def collect(training):
     """Everything that going on from this place needs, a tree for weights/checkpoint.py."""
     tree = {
         "model": training.run.model.state_dict(),
-        "optimizer": optimizer_state(training.optimizer, training.run.model),
+        "optimizer": moments.optimizer_state(training.optimizer, training.run.model),
         "epoch": training.place.epoch,
         "lr_scheduler": {
             "last_epoch": training.updater.step,
@@ -189,26 +190,6 @@ _BEFORE_IT_WAS_WRITTEN = {
 }
 
 
-def optimizer_state(optimizer, model):
-    """The optimizer's tensors under structured names, such as `head.weight.moment1`.
-
-    Paddle's own names ("linear_0.w_0_moment1_0") depend on what else the process has created.
-    """
-    state = optimizer.state_dict()
-    return {name: state[own] for name, own in _state_names(model, state).items()}
-
-
-def _state_names(model, state):
-    """Structured name of each tensor of an optimizer's state -> Paddle's own name."""
-    structured = {param.name: name for name, param in model.named_parameters()}
-    names = {}
-    for own in state:
-        match = re.match(r"(.+?\.[wb]_\d+)_(.+)_\d+$", own)
-        if match:
-            names[f"{structured[match.group(1)]}.{match.group(2)}"] = own
-    return names
-
-
 # --- checked ---
 
 
@@ -257,15 +238,18 @@ _SCHEMA = {
 def read(path, require_checksum=False, say=warnings.warn):
     """A training checkpoint's tree, with its numbers checked; see weights.pdparams.read.
 
-    A bare state dict comes back as {"model": state dict}.  `say` gets sentences about it.
+    A bare state dict comes back as {"model": state dict}.  An optimizer's state under Paddle's own
+    names, as in PaddleViT's files, comes back under ours.  `say` gets sentences about the file.
 
     Raises:
         WeightsError: the file cannot be read, or a value in it is impossible.
     """
-    tree = pdparams.read(path, require_checksum)
+    tree, names = pdparams.read_with_names(path, require_checksum)
     if "model" not in tree:
         return {"model": weights_of(tree, path, say)}
     tree["model"] = weights_of({"model": tree["model"]}, path, say)
+    parameters = {names.get(id(array)): name for name, array in tree["model"].items()}
+    tree["optimizer"] = moments.under_structured_names(tree.get("optimizer"), parameters)
     if is_empty(tree.get("model_ema")):
         tree["model_ema"] = None
     else:
@@ -302,7 +286,7 @@ def _has_that_batch(tree):
 
 
 def restore(training, tree, path):
-    """Goes on from a checkpoint; what it lacks, as PaddleViT's do, starts fresh with a warning.
+    """Goes on from a checkpoint, PaddleViT's too; what it lacks starts fresh with a warning.
 
     The model has its weights already.
 
@@ -319,10 +303,7 @@ def restore(training, tree, path):
     else:
         epoch = training.place.epoch + 1
         log.warning(f"{path} has no epoch: its weights are used, training starts at epoch {epoch}")
-    if not restore_optimizer(training.optimizer, training.run.model, tree.get("optimizer")):
-        log.warning(
-            f"{path} has no optimizer state that fits this model: the optimizer starts fresh"
-        )
+    _restore_optimizer(training, tree, path)
     if training.scaler.is_enable() and tree.get("amp_grad_scaler"):
         training.scaler.load_state_dict(tree["amp_grad_scaler"])
     if config.TRAIN.MODEL_EMA:
@@ -333,6 +314,32 @@ def restore(training, tree, path):
         assign_weights(training.ema.average, tree.get("model_ema") or tree["model"], path)
     log.info(f"going on with {_describe_next(training)} from {path}")
     training.saved, training.saved_place = path, training.place
+
+
+def _restore_optimizer(training, tree, path):
+    log, model = training.run.log, training.run.model
+    missing, unused = moments.restore_optimizer(training.optimizer, model, tree.get("optimizer"))
+    if missing and not tree.get("optimizer"):
+        log.warning(f"{path} has no optimizer state: the optimizer starts fresh")
+    elif missing:
+        others = f", and has {_some(unused)}" if unused else ""
+        log.warning(
+            f"{path} has no optimizer state that fits this model (it lacks {_some(missing)}"
+            f"{others}): the optimizer starts fresh"
+        )
+    elif not tree.get("run"):  # another program's, whose names were matched
+        trained = sum(not param.stop_gradient for param in model.parameters())
+        others = f", all but {_some(unused)}" if unused else ""
+        log.info(
+            f"{training.config.TRAIN.OPTIMIZER.NAME}'s state of {trained} of "
+            f"{len(model.parameters())} parameters is taken over from {path}{others}"
+        )
+
+
+def _some(names):
+    """The first of some names, for a sentence."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(map(show, names[:2])) + more
 
 
 def _describe_next(training):
@@ -374,30 +381,3 @@ def _describe_change(key, old, new):
     if key == "list":
         return "another list of training images, labels or their order"
     return f"{key} {old} (now {new})"
-
-
-def restore_optimizer(optimizer, model, state):
-    """Loads what optimizer_state gave, all or none.  Returns whether every tensor fits."""
-    _create_accumulators(optimizer, [p for p in model.parameters() if not p.stop_gradient])
-    current = optimizer.state_dict()
-    names = _state_names(model, current)
-    if not isinstance(state, dict) or any(
-        getattr(state.get(structured), "shape", None) != tuple(current[own].shape)
-        or state[structured].dtype.kind != "f"
-        for structured, own in names.items()
-    ):
-        return False
-    for structured, own in names.items():
-        # Where it was: AdamW has the powers of its betas on the host, and with them on a GPU each
-        # parameter would take a launch more (paddle/optimizer/adam.py).
-        old = current[own]
-        old.set_value(paddle.to_tensor(state[structured], dtype=old.dtype, place=old.place))
-    return True
-
-
-def _create_accumulators(optimizer, parameters):
-    """Makes an optimizer's state now; Paddle makes it at the first step, under its own names."""
-    if optimizer.helper is None:  # Paddle 3 makes one here by itself
-        optimizer.helper = paddle.base.layer_helper.LayerHelper(type(optimizer).__name__)
-    block = paddle.static.default_main_program().global_block()
-    optimizer._create_accumulators(block, parameters)

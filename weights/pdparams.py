@@ -52,7 +52,8 @@ def read(path, require_checksum=False):
     """The contents of a ``.pdparams`` or ``.safetensors`` file, without running code from it.
 
     A checksum that `write` left at the end is verified. Tensors that Paddle pickled inside nested
-    dicts as (name, array) come back as arrays, and its tables of parameter names are left out.
+    dicts as (name, array) come back as arrays (their names: read_with_names), and its tables of
+    parameter names are left out.
 
     Args:
         path: the file; what is in it decides the format, then its suffix.
@@ -66,6 +67,16 @@ def read(path, require_checksum=False):
     Raises:
         WeightsError: the file is missing, unreadable, damaged, of another format, or asks for
             anything that weights do not need.
+    """
+    return read_with_names(path, require_checksum)[0]
+
+
+def read_with_names(path, require_checksum=False):
+    """As read, with the names that Paddle gave the tensors in the process that wrote the file.
+
+    Returns:
+        (tree, names): what read returns; and the name ("linear_0.w_0") of each tensor that was
+        pickled inside a nested dict, by the `id` of its array in the tree.
     """
     path = os.fspath(path)
     shown = show_path(path)
@@ -229,14 +240,14 @@ def _parse(file, size, path):
     if looks_safe or path.endswith(".safetensors"):
         if int.from_bytes(head[:8], "little") > _MAX_HEADER:
             raise WeightsError("has too long a header for a safetensors file: use another copy")
-        return _read_safetensors(file.read(size))
+        return _read_safetensors(file.read(size)), {}
     if head[:1] != b"\x80":
         raise WeightsError("is not a .pdparams file: give one that paddle.save wrote")
-    tree = unpickle(file, size)
+    tree, names = unpickle(file, size)
     _check_tree(tree)
     if _SPLIT_TABLE in tree:
         raise WeightsError("holds tensors in parts: save it again with protocol=4")
-    return tree
+    return tree, names
 
 
 def _refuse_other_formats(head):

@@ -78,6 +78,10 @@ class _Unbuilt:
 def unpickle(file, size):
     """The tree in the first `size` bytes of a binary file; see the top of this module.
 
+    Returns:
+        (tree, names): names has Paddle's name of each tensor that was pickled with one, by the
+        `id` of its array in the tree.
+
     Raises:
         WeightsError: it is damaged, or asks for anything that weights do not need.
     """
@@ -97,6 +101,7 @@ class _Machine:
         # Protocol 2 uses a byte twice, as text and in the array. A file that refers to the same
         # bytes again and again could fill the memory.
         self.bytes_left = 2 * size
+        self.tensors = []  # (array, name); an id is an array's own as long as the array lives
 
     def run(self, source):
         for _ in range(MAX_ITEMS):
@@ -112,7 +117,7 @@ class _Machine:
             raise WeightsError("holds too many items: save weights only")
         if source.left or self.marks or len(self.stack) != 1:
             raise ValueError("its end is not where it should be")
-        return self.stack[0]
+        return self.stack[0], {id(array): name for array, name in self.tensors}
 
     def spend(self, size):
         self.bytes_left -= size
@@ -233,9 +238,12 @@ def _encode(machine, text, encoding):  # how protocol 2 writes bytes
 
 
 def _tensor(machine, pair):  # Paddle pickles a Tensor as tuple((name, array)), by a call
-    if type(pair) is not tuple or len(pair) != 2 or not isinstance(pair[1], np.ndarray):
+    if type(pair) is not tuple or [type(part) for part in pair] != [str, np.ndarray]:
         raise ValueError("a tensor is not a name and an array")
-    return pair[1]
+    name, array = pair
+    check_key(name)
+    machine.tensors.append((array, name))
+    return array
 
 
 # The whole of what a file may name. The functions get the machine and the arguments in the file.
