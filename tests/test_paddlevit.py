@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+import pytest
 from golden import config_of
 
 from gmlp import GMLP, Sizes
@@ -81,7 +82,9 @@ def test_the_next_step_is_the_one_that_its_own_process_took():
         expected = dict(file)
     training = resume(DATA / "paddlevit.pickle")
     (line,) = said_of_optimizer(training.run.log.infos)
-    assert "AdamW's state of 16 of 16 parameters is taken over from" in line and "but" not in line
+    assert (
+        "AdamW's state of 16 of 16 parameters is taken over from" in line and "left out" not in line
+    )
     assert not said_of_optimizer(training.run.log.warnings)
     for name, value in take_step(training).items():
         assert np.allclose(value, expected[name], rtol=0, atol=1e-6), name
@@ -101,7 +104,7 @@ def test_epoch_step_and_averaged_weights_are_taken_over():
 def test_a_tensor_too_many_is_named_and_the_others_are_taken_over():
     whole, more = (resume(DATA / f"{name}.pickle") for name in ("paddlevit", "paddlevit_more"))
     (line,) = said_of_optimizer(more.run.log.infos)
-    assert line.endswith("paddlevit_more.pickle, all but 'linear_99.w_0_moment1_0'")
+    assert line.endswith("paddlevit_more.pickle; left out: 'linear_99.w_0_moment1_0'")
     expected = moments_of(whole)
     assert all(np.array_equal(value, expected[name]) for name, value in moments_of(more).items())
     assert not is_fresh(more)
@@ -136,6 +139,17 @@ def test_a_state_is_never_matched_by_its_order(tmp_path):
     assert "it lacks 'patch_embed.patch_embed.weight.moment1'" in line
     assert "and 62 more, and has 'conv2d_6.w_0_moment1_0'" in line
     assert is_fresh(training)
+
+
+def test_a_file_that_was_loaded_and_saved_again_from_a_wrapped_model_is_matched_too(tmp_path):
+    tree, path = paddle.load(str(DATA / "paddlevit.pickle")), tmp_path / "again.pdparams"
+    for part, wrapper in (("model", "_layers."), ("model_ema", "module.")):
+        tree[part] = {wrapper + name: tensor for name, tensor in tree[part].items()}
+    paddle.save(tree, str(path))
+    with pytest.warns(match="its names are read without"):
+        training = resume(path)
+    (line,) = said_of_optimizer(training.run.log.infos)
+    assert line.endswith("again.pdparams") and not is_fresh(training)
 
 
 def test_a_file_without_a_state_says_so(tmp_path):
@@ -174,10 +188,10 @@ def test_of_two_tensors_for_one_place_none_is_taken():
 
 
 def test_hostile_names_take_no_time():
-    state = {"a.w_1_" * 160 + f"{number}x": 0 for number in range(5000)}
+    state = {"a.w_1_" * 160 + f"{number}x": 0 for number in range(10_000)}
     start = time.process_time()
     assert moments.under_structured_names(state, {}) == state
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 3
 
 
 def test_loss_scaling_goes_on_where_float16_runs(monkeypatch):

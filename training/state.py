@@ -329,7 +329,7 @@ def _restore_optimizer(training, tree, path):
         )
     elif not tree.get("run"):  # another program's, whose names were matched
         trained = sum(not param.stop_gradient for param in model.parameters())
-        others = f", all but {_some(unused)}" if unused else ""
+        others = f"; left out: {_some(unused)}" if unused else ""
         log.info(
             f"{training.config.TRAIN.OPTIMIZER.NAME}'s state of {trained} of "
             f"{len(model.parameters())} parameters is taken over from {path}{others}"
