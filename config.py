@@ -249,6 +249,8 @@ def update_config(config, args):
     config.defrost()
     if getattr(args, "cfg", None):
         _merge_file(config, args.cfg)
+    elif own := _own_config(args):
+        _take_model(config, get_config(own))
     for flag, keys in FLAGS.items():
         value = getattr(args, flag, None)
         if value is None or value is False:  # a switch that is not given leaves the file's value
@@ -267,7 +269,73 @@ def update_config(config, args):
         raise ConfigError(f"-opts needs pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, text in zip(opts[::2], opts[1::2]):
         _set(config, key, _parse(key, text), "-opts")
+    if config.MODEL.PRETRAINED:
+        config.MODEL.PRETRAINED = weights_in(config.MODEL.PRETRAINED)
     return config
+
+
+# --- a run's folder is its model ---
+
+
+def weights_in(path):
+    """The weights that a path means: of a run's folder its best, of anything else itself.
+
+    Raises:
+        ConfigError: a folder has none.
+    """
+    if not os.path.isdir(path):
+        return path
+    weights = os.path.join(path, "best_weights.pdparams")
+    if not os.path.isfile(weights):
+        raise ConfigError(
+            f"{show_path(path)}: there is no best_weights.pdparams in this folder: give a run's, "
+            "after its first validation, or a file"
+        )
+    return weights
+
+
+def run_file(weights, name):
+    """The path of a file beside a run's weights; None where there is none.
+
+    Args:
+        weights: a path of weights, a run's folder, or None.
+        name: "config.yaml" or "classes.txt"; only what stands beside a config.yaml is a run's.
+    """
+    if not weights:
+        return None
+    folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
+    paths = [os.path.join(folder, each) for each in (name, "config.yaml")]
+    return paths[0] if all(map(os.path.isfile, paths)) else None
+
+
+def require_model(args):
+    """Raises ConfigError where no argument says which model it is about.
+
+    Args:
+        args: as for update_config; a run's own config.yaml says it, but not how to train anew.
+    """
+    keys = (getattr(args, "opts", None) or [])[::2]
+    if args.cfg or {"MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH"} <= set(keys):
+        return
+    if not _own_config(args):
+        raise ConfigError(f"which model? Give its file with -cfg: {', '.join(recipes())}")
+
+
+def _own_config(args):
+    """The config.yaml of the run whose weights are to be used; None for a training of its own."""
+    if getattr(args, "eval", True):
+        return run_file(getattr(args, "pretrained", None), "config.yaml")
+    return None
+
+
+def _take_model(config, run):
+    """Takes over what a run's configuration says of its model and of images, and nothing else."""
+    of_model = ("MODEL.", "DATA.IMAGE", "DATA.CROP_PCT", "DATA.DATASET")
+    keys = [key for key in KEYS if key.startswith(of_model) and key not in _PATHS]
+    if os.path.isdir(run.DATA.DATA_PATH):  # the run may have been on another machine
+        keys.append("DATA.DATA_PATH")
+    for key in keys:
+        _set(config, key, value_of(run, key), "config.yaml")
 
 
 def changed(config):

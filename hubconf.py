@@ -21,10 +21,12 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _DOC = """
     Args:
         pretrained: path of a file with weights: .pdparams (bare, or a training checkpoint) or
-            .safetensors in the same names; None or False for a fresh initialization.
-        num_classes: number of logits; where the file has another, the head starts anew.
-        image_size: height and width of the images in pixels, a multiple of 16; where the file is
-            for another, its spatial projections are resampled.
+            .safetensors in the same names; or of a run's folder, whose best weights are taken; None
+            or False for a fresh initialization.
+        num_classes: number of logits (default: the run's whose weights these are, else 1000); where
+            the file has another, the head starts anew.
+        image_size: height and width of the images in pixels, a multiple of 16 (default: the run's,
+            else 224); where the file is for another, its spatial projections are resampled.
 
     Returns:
         A paddle.nn.Layer, ready to predict (call train() before you train it): float images
@@ -37,17 +39,17 @@ _DOC = """
     """
 
 
-def gmlp_ti16_224(pretrained=None, num_classes=1000, image_size=224):
+def gmlp_ti16_224(pretrained=None, num_classes=None, image_size=None):
     """gMLP-Ti/16, 5.9M parameters; no weights are public."""
     return _load("gmlp_ti16_224", pretrained, num_classes, image_size)
 
 
-def gmlp_s16_224(pretrained=None, num_classes=1000, image_size=224):
+def gmlp_s16_224(pretrained=None, num_classes=None, image_size=None):
     """gMLP-S/16, 19.4M parameters; links to published weights are in the README's model zoo."""
     return _load("gmlp_s16_224", pretrained, num_classes, image_size)
 
 
-def gmlp_b16_224(pretrained=None, num_classes=1000, image_size=224):
+def gmlp_b16_224(pretrained=None, num_classes=None, image_size=None):
     """gMLP-B/16, 73.1M parameters; no weights are public."""
     return _load("gmlp_b16_224", pretrained, num_classes, image_size)
 
@@ -65,12 +67,18 @@ def _load(name, pretrained, num_classes, image_size):
         )
     with _own_modules():
         config, gmlp, weights = map(importlib.import_module, ("config", "gmlp", "weights"))
-    settings = config.update_config(
-        config.get_config(os.path.join(_HERE, "configs", f"{name}.yaml")),
-        types.SimpleNamespace(num_classes=num_classes, image_size=image_size),
-    )
-    model = gmlp.build_gmlp(settings)
+    settings = config.get_config(os.path.join(_HERE, "configs", f"{name}.yaml"))
+    own = config.run_file(pretrained, "config.yaml")
+    if own:
+        run = config.get_config(own)
+        settings.MODEL.NUM_CLASSES, settings.DATA.IMAGE_SIZE = (
+            run.MODEL.NUM_CLASSES,
+            run.DATA.IMAGE_SIZE,
+        )
+    asked = types.SimpleNamespace(num_classes=num_classes, image_size=image_size)
+    model = gmlp.build_gmlp(config.update_config(settings, asked))
     if pretrained:
+        pretrained = config.weights_in(pretrained)
         for sentence in weights.load_into(model, pretrained, allow_new_head=True):
             warnings.warn(sentence, stacklevel=4)
     model.eval()

@@ -17,7 +17,14 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # with -P too
 
 try:
-    from config import KEYS, ConfigWarning, get_config, recipes, show_warnings_of, update_config
+    from config import (
+        KEYS,
+        ConfigWarning,
+        get_config,
+        require_model,
+        show_warnings_of,
+        update_config,
+    )
     from ranks import host, launch, report
     from utils import UserError, describe_error, prepare_streams
 except ModuleNotFoundError as error:
@@ -43,7 +50,11 @@ def build_parser():
     add("-batch_size_eval", metavar="N", type=int, help="images per device in evaluation only")
     add("-image_size", metavar="N", type=int, help="height and width the model sees, pixels")
     add("-accum_iter", metavar="N", type=int, help="batches per optimizer step")
-    add("-pretrained", metavar="FILE", help="weights to evaluate or to start training with")
+    add(
+        "-pretrained",
+        metavar="FILE",
+        help="weights to evaluate or to start training with; a run's folder: its best",
+    )
     add(
         "-resume",
         metavar="FILE",
@@ -76,6 +87,7 @@ def main(argv):
         warnings.simplefilter("ignore", ConfigWarning)
     try:
         config = update_config(get_config(), args)
+        require_readable(args)
         require_model(args)
         if config.EVAL and args.resume:
             raise UserError("-eval goes with -pretrained FILE, not with -resume")
@@ -105,13 +117,10 @@ def suggest_flag(word, parser):
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def require_model(args):
-    """Raises UserError where neither -opts nor a file that all ranks can read says which it is."""
-    keys = (args.opts or [])[::2]
+def require_readable(args):
+    """Raises UserError where -cfg cannot be read by all ranks, each of which does."""
     if args.cfg in ("/dev/stdin", "/dev/fd/0") or (args.cfg and not os.path.isfile(args.cfg)):
         raise UserError(f"-cfg {args.cfg} can be read once, and each rank reads it: give a file")
-    if not args.cfg and not {"MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH"} <= set(keys):
-        raise UserError(f"which model? Give its file with -cfg: {', '.join(recipes())}")
 
 
 def run_rank(config):

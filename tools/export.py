@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common
-from config import ConfigError, get_config, update_config
+from config import ConfigError, get_config, require_model, run_file, update_config
 from ranks import host
 from tools.predict import find_paths, load_model, read_batches, read_classes
 from utils import progress_bar, show_path, write_text
@@ -48,8 +48,8 @@ _INPUT, _OUTPUT = "images", "probabilities"
 def build_parser():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("-cfg", metavar="YAML", required=True, help="the model")
-    add("-pretrained", metavar="FILE", required=True, help="its weights")
+    add("-cfg", metavar="YAML", help="the model (default: the run's whose weights these are)")
+    add("-pretrained", metavar="FILE", required=True, help="weights, or a run's folder")
     add("-output", metavar="DIR", required=True, help="the new folder")
     add("-onnx", action="store_true", help="ONNX too (needs paddle2onnx and onnxruntime)")
     add("-preprocess", action="store_true", help="take uint8 images, and normalize them inside")
@@ -65,6 +65,7 @@ def work(args):
     """Exports what the arguments say.  Returns the exit status."""
     args.batch_size = 32 if args.batch_size is None else args.batch_size
     config = update_config(get_config(), args)
+    require_model(args)
     if os.path.lexists(args.output):
         raise ConfigError(f"{show_path(args.output)}: is there already: give -output a new name")
     if args.onnx:
@@ -76,9 +77,10 @@ def work(args):
         import_paddle2onnx()
     from training import inference
 
-    live = load_model(config, args.pretrained, tally.say)
+    live = load_model(config, config.MODEL.PRETRAINED, tally.say)
     # After the weights: another number of names may only mean a wrong -cfg.
-    names = [each.name for each in read_classes(args.names, config.MODEL.NUM_CLASSES)]
+    names = args.names or run_file(args.pretrained, "classes.txt")
+    names = [each.name for each in read_classes(names, config.MODEL.NUM_CLASSES)]
     live.to(device=paddle.set_device("cpu"))  # as the engines: a GPU's TF32 is another function
     model = with_probabilities(live, config, args.preprocess)
     with common.new_folder(args.output) as folder:
@@ -147,7 +149,7 @@ def describe(config, args, names, folder):
             "values": "probabilities of the classes, in the order of `classes`",
         },
         "classes": names,
-        "weights_sha256": sha256(args.pretrained),
+        "weights_sha256": sha256(config.MODEL.PRETRAINED),
         "files_sha256": {n: sha256(os.path.join(folder, n)) for n in sorted(os.listdir(folder))},
         "versions": {
             "paddle": paddle.__version__,

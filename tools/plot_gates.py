@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common
-from config import ConfigError, get_config, update_config
+from config import ConfigError, get_config, require_model, update_config
 from tools.plot_run import check_output, import_pyplot, save
 from weights import load_weights
 
@@ -35,8 +35,8 @@ _CAPTION = (
 def build_parser():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("-cfg", metavar="YAML", required=True, help="config file of the model")
-    add("-pretrained", metavar="FILE", required=True, help="its weights")
+    add("-cfg", metavar="YAML", help="the model (default: the run's whose weights these are)")
+    add("-pretrained", metavar="FILE", required=True, help="weights, or a run's folder")
     add("-layers", metavar="N,N", help="blocks to show (default: 6 from the first to the last)")
     add("-tokens", metavar="N,N", help="tokens to show (default: -count of them)")
     add("-count", metavar="N", type=int, help="tokens from all over the image (default 10)")
@@ -54,15 +54,17 @@ def work(args):
     if count < 1:
         raise ConfigError(f"-count is {count}, it must be at least 1")
     config = update_config(get_config(), args)
+    require_model(args)
     plt = import_pyplot()
-    filters = read_filters(config, args.pretrained)
+    path = config.MODEL.PRETRAINED
+    filters = read_filters(config, path)
     side = filters[0].shape[-1]
     if layers is None:
         layers = spread(len(filters), 6)
     if tokens is None:
         tokens = all_over(side, count)
-    check_range(layers, len(filters), "-layers", f"{args.pretrained} has blocks")
-    check_range(tokens, side * side, "-tokens", f"{args.pretrained} has tokens")
+    check_range(layers, len(filters), "-layers", f"{path} has blocks")
+    check_range(tokens, side * side, "-tokens", f"{path} has tokens")
     if len(layers) * len(tokens) > _MAPS:
         raise ConfigError(
             f"{len(layers)} blocks with {len(tokens)} tokens are more than {_MAPS} maps: take "

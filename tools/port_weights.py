@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common
-from config import ConfigError
+from config import ConfigError, weights_in
 from utils import cause, new_file, show_path
 from weights import checkpoint, pdparams
 from weights.pdparams import WeightsError
@@ -43,7 +43,11 @@ _TOLERANCE = 1e-10
 def build_parser():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help=".safetensors, .pdparams, or a PyTorch file")
+    add(
+        "source",
+        metavar="SOURCE",
+        help=".safetensors, .pdparams, a PyTorch file, or a run's folder",
+    )
     add("target", metavar="TARGET", help="a new .pdparams (for Paddle) or .safetensors (for timm)")
     add("-strip", action="store_true", help="a training checkpoint's weights: .pdparams both")
     add("-verify", action="store_true", help="compare with timm's model (needs timm and torch)")
@@ -53,6 +57,7 @@ def build_parser():
 
 def work(args):
     """Ports what the arguments say."""
+    args.source = weights_in(args.source)
     check_arguments(args)
     if args.verify:
         import_timm()

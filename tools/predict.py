@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common
-from config import ConfigError, get_config, update_config
+from config import ConfigError, get_config, require_model, run_file, update_config
 from ranks import host
 from tools.sheet import PLOT_IMAGES, Sheet
 from utils import (
@@ -69,8 +69,8 @@ _IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "im
 def build_parser():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("-cfg", metavar="YAML", required=True, help="the model")
-    add("-pretrained", metavar="FILE", required=True, help="its weights")
+    add("-cfg", metavar="YAML", help="the model (default: the run's whose weights these are)")
+    add("-pretrained", metavar="FILE", required=True, help="weights, or a run's folder")
     add("-topk", metavar="K", type=int, default=5, help="classes per image (default 5)")
     add("-batch_size", metavar="N", type=int, default=32, help="images per batch (default 32)")
     add("-names", metavar="FILE", help="a line per class (default: ImageNet's of 1,000 classes)")
@@ -119,6 +119,7 @@ class Prediction(NamedTuple):
 def work(args):
     """Classifies what the arguments say.  Returns the exit status."""
     config = update_config(get_config(), args)
+    require_model(args)
     if args.topk < 1:
         raise ConfigError(f"-topk is {args.topk}, it must be at least 1")
     sheet = Sheet(args.plot, args.font) if args.plot else None
@@ -127,9 +128,10 @@ def work(args):
     common.import_paddle()
     from ranks.loader import explain_dead_workers
 
-    model = load_model(config, args.pretrained, tally.say)
+    model = load_model(config, config.MODEL.PRETRAINED, tally.say)
     # After the weights: another number of names may only mean a wrong -cfg.
-    classes = read_classes(args.names, config.MODEL.NUM_CLASSES)
+    names = args.names or run_file(args.pretrained, "classes.txt")
+    classes = read_classes(names, config.MODEL.NUM_CLASSES)
     write = _WRITERS[args.format]
     bar = progress_bar(None, len(paths), unit="image")
     batches = predict(model, config, paths, classes, args.topk, tally)

@@ -3,8 +3,10 @@
 Model, data, start, folder, log: everything that can be refused is refused here.
 """
 
+import contextlib
 import functools
 import os
+import pathlib
 import platform
 import subprocess
 import time
@@ -28,6 +30,7 @@ from utils import (
     MetricsFile,
     cause,
     lock,
+    new_file,
     remove_temporary_files,
     replace_text,
     setup_logging,
@@ -35,6 +38,8 @@ from utils import (
 )
 from weights import WeightsError, load_into
 from weights.checkpoint import NotThisModel
+
+_NAMES_LIMIT = 1 << 24  # bytes of a classes.txt; ImageNet's has 30 thousand
 
 
 class Run:
@@ -193,6 +198,17 @@ class Run:
         settings.defrost()
         settings.MODEL.RESUME = None  # the file evaluates what comes of the run, and repeats it
         replace_text(os.path.join(self.folder, "config.yaml"), settings.dump())
+        self._copy_class_names()
+
+    def _copy_class_names(self):
+        """The data set's classes.txt, which from then on names the classes of this run's model."""
+        path = os.path.join(self.config.DATA.DATA_PATH, "classes.txt")
+        with contextlib.suppress(OSError):  # most data sets have none
+            with open(path, "rb") as file:
+                names = file.read(_NAMES_LIMIT)
+            if names.strip().count(b"\n") + 1 == self.config.MODEL.NUM_CLASSES:
+                with new_file(os.path.join(self.folder, "classes.txt")) as temporary:
+                    pathlib.Path(temporary).write_bytes(names)
 
     def _log_start(self):
         parameters = sum(int(param.size) for param in self.model.parameters())

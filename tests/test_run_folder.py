@@ -1,0 +1,156 @@
+"""A run's folder is its model: weights, sizes, how images are prepared, the classes' names."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from program import CONFIG, ROOT, SMALL, metrics, run_preloaded, run_tool
+
+from tools import export, plot_gates, port_weights, predict
+from config import ConfigError, get_config, require_model, update_config, value_of
+from training.run import Run, build_model
+from weights import load_weights, pdparams
+
+WORDS = ["zero", "un", "δύο", "three", "四", "five six", "シックス", "семь", "8", "nine"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run of the small model of ten classes, as its program leaves it, and a photograph."""
+    folder = tmp_path_factory.mktemp("runs") / "train 1"
+    folder.mkdir()
+    config = get_config(CONFIG)
+    for key, value in SMALL.items():
+        update_config(config, SimpleNamespace(opts=[key, str(value)]))
+    config.SAVE, config.MODEL.RESUME, config.DATA.DATA_PATH = "/nowhere", "auto", "/another machine"
+    config.DATA.CROP_PCT, config.TRAIN.BASE_LR = 0.5, 7.0
+    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    (folder / "classes.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    paddle.seed(1)
+    state = build_model(config).state_dict()
+    state["head.weight"] = paddle.randn(state["head.weight"].shape)
+    pdparams.write(folder / "best_weights.pdparams", state)
+    return folder
+
+
+PHOTO = next((ROOT / "tests" / "data" / "images").glob("*.jpg"))
+
+
+def asked(**args):
+    return SimpleNamespace(**{"cfg": None, "opts": None, "pretrained": None, **args})
+
+
+def test_the_models_and_the_images_keys_are_taken_and_no_others(small, tmp_path):
+    args = asked(pretrained=str(small), image_size=56)
+    config = update_config(get_config(), args)
+    require_model(args)
+    expected = {
+        "MODEL.PRETRAINED": str(small / "best_weights.pdparams"),
+        "MODEL.MIXER.EMBED_DIM": SMALL["MODEL.MIXER.EMBED_DIM"],
+    }
+    assert {key: value_of(config, key) for key in expected} == expected
+    assert (config.DATA.CROP_PCT, config.DATA.IMAGE_SIZE) == (0.5, 56)  # a flag wins
+    defaults = get_config()
+    assert (config.SAVE, config.MODEL.RESUME) == (defaults.SAVE, None)
+    assert config.TRAIN == defaults.TRAIN
+    assert config.DATA.DATA_PATH == defaults.DATA.DATA_PATH  # the run's is not here
+
+
+def test_the_data_set_of_a_run_is_taken_where_it_is_here(small, tmp_path):
+    run = get_config(small / "config.yaml")
+    run.DATA.DATA_PATH = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(run.dump())
+    (tmp_path / "best_weights.pdparams").touch()
+    config = update_config(get_config(), asked(pretrained=str(tmp_path)))
+    assert value_of(config, "DATA.DATA_PATH") == str(tmp_path)
+
+
+def test_a_training_needs_its_own_config_whatever_it_starts_from(small):
+    args = asked(pretrained=str(small), eval=False)
+    config = update_config(get_config(), args)
+    assert config.MODEL.MIXER == get_config().MODEL.MIXER
+    with pytest.raises(ConfigError, match="which model"):
+        require_model(args)
+
+
+def test_a_folder_without_its_best_weights_is_told(small, tmp_path):
+    (tmp_path / "config.yaml").write_text((small / "config.yaml").read_text())
+    result = run_tool(predict, "-pretrained", tmp_path, PHOTO)
+    assert result.status == 2 and "there is no best_weights.pdparams in this folder" in result.err
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "best_weights.pdparams").touch()
+    (tmp_path / "classes.txt").touch()
+    for tool in (predict, export):
+        extra = ["-output", tmp_path / "new"] if tool is export else []
+        result = run_tool(tool, "-pretrained", tmp_path, *extra, PHOTO)
+        assert result.status == 2 and "which model? Give its file with -cfg: " in result.err
+
+
+def test_predictions_have_the_runs_names(small):
+    flags = ["-topk", 10, "-format", "jsonl", PHOTO]
+    result = run_tool(predict, "-pretrained", small, *flags).check()
+    top = json.loads(result.out)["top"]
+    assert [choice["name"] for choice in top] == [WORDS[choice["label"]] for choice in top]
+    weights = small / "best_weights.pdparams"
+    cfg = ["-cfg", small / "config.yaml", "-pretrained", weights]
+    assert run_tool(predict, *cfg, "-names", small / "classes.txt", *flags).out == result.out
+    assert run_tool(predict, "-pretrained", weights, *flags).out == result.out
+    other = small.parent / "names.txt"
+    other.write_text("\n".join(map(str, range(10, 20))))
+    result = run_tool(predict, "-pretrained", small, "-names", other, *flags).check()
+    assert json.loads(result.out)["top"][0]["name"] in map(str, range(10, 20))
+
+
+def test_an_export_has_the_runs_names(small, tmp_path):
+    run_tool(export, "-pretrained", small, "-output", tmp_path / "exported", PHOTO).check()
+    signature = json.loads((tmp_path / "exported" / "signature.json").read_text("utf-8"))
+    assert signature["classes"] == WORDS
+    assert signature["weights_sha256"] == pdparams.sha256(small / "best_weights.pdparams")
+
+
+def test_filters_and_ported_weights_are_the_runs_best(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run_tool(plot_gates, "-pretrained", small, "-output", tmp_path / "gates.png").check()
+    assert "gmlp_digits" in result.out
+    run_tool(port_weights, small, tmp_path / "timm.safetensors").check()
+    run_tool(port_weights, tmp_path / "timm.safetensors", tmp_path / "back.pdparams").check()
+    weights = load_weights(small / "best_weights.pdparams")
+    back = load_weights(tmp_path / "back.pdparams")
+    assert all(np.array_equal(weights[name], back[name]) for name in weights)
+
+
+@pytest.mark.parametrize("names, copied", [(WORDS, True), (WORDS[1:], False), ([], False)])
+def test_a_run_takes_the_names_of_its_data_set_where_there_are_as_many(names, copied, tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    folder.mkdir()
+    (data / "classes.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    config = get_config()
+    config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(data), len(WORDS)
+    Run._copy_class_names(SimpleNamespace(config=config, folder=str(folder)))
+    assert [path.name for path in folder.iterdir()] == ["classes.txt"] * copied
+    if copied:
+        assert predict.read_classes(folder / "classes.txt", 10)[4].name == "四"
+
+
+def test_a_hub_model_has_the_runs_classes_and_size(tmp_path):
+    config = get_config(ROOT / "configs" / "gmlp_ti16_224.yaml")
+    config.MODEL.NUM_CLASSES, config.DATA.IMAGE_SIZE = 7, 32
+    (tmp_path / "config.yaml").write_text(config.dump())
+    state = build_model(config).state_dict()
+    pdparams.write(tmp_path / "best_weights.pdparams", state)
+    model = paddle.hub.load(str(ROOT), "gmlp_ti16_224", source="local", pretrained=str(tmp_path))
+    assert (model.sizes.num_classes, model.sizes.image_size) == (7, 32)
+    assert np.array_equal(model.norm.weight.numpy(), state["norm.weight"].numpy())
+
+
+def test_a_run_is_evaluated_without_its_config(trained, tmp_path):
+    program = [sys.executable, ROOT / "main_multi_gpu.py"]
+    result = run_preloaded([*program, "-eval", "-pretrained", trained, "-output", tmp_path]).check()
+    rows = [row for row in metrics(trained, "eval") if row["weights"] == "ema"]
+    assert f"Acc@1 {max(row['acc1'] for row in rows):.2f}" in result.out
+    (folder,) = tmp_path.iterdir()
+    assert not list(trained.glob("eval*")) and folder.name.startswith("eval-")
