@@ -398,7 +398,7 @@ def test_what_is_asked_wrongly_is_one_sentence_and_status_2(args, parts, few_dig
         (["-eval", "-pretrained", "/nowhere.pdparams"], ["/nowhere.pdparams does not exist"]),
         (["-eval", "-resume", "auto"], ["-eval goes with -pretrained FILE, not with -resume"]),
         (["-resume", "/nowhere.pdparams"], ["/nowhere.pdparams does not exist"]),
-        (["-batch_size", "5000"], ["train_list.txt", "smaller -batch_size"]),
+        (["-batch_size", "5000"], ["train_list.txt", "take -batch_size 203"]),
         (["-image_size", "30"], ["DATA.IMAGE_SIZE 30", "PATCH_SIZE 7"]),
         (["-num_classes", "3"], ["_list.txt:", "not in 0..2"]),
         (["-output", "/dev/null/x"], ["cannot make the output folder /dev/null/x/"]),

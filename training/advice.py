@@ -9,6 +9,13 @@ import math
 _SLOW, _GOOD = math.exp(-3), math.exp(-10)
 
 
+def about_batch_size(images, ranks):
+    """What makes a data set smaller than a batch of all ranks trainable."""
+    if images < ranks:
+        return f"-nprocs {images}, and -batch_size 1"
+    return f"-batch_size {images // ranks}"
+
+
 def about_plan(training):
     """Sentences about settings that do not go with the length of this run."""
     train, rate = training.config.TRAIN, training.learning_rate

@@ -17,6 +17,7 @@ from ranks import stop
 from ranks.again import how_to_go_on
 from ranks.collective import MeanMeter
 from training import advice, evaluate, optim, state
+from training.pace import Pace
 from training.run import build_model
 from training.state import NonFiniteLoss, Place
 from transforms import BatchTransform
@@ -48,8 +49,8 @@ class Training:
         if self.batches == 0:
             raise DataError(
                 f"{run.train_data.images.name} has {len(run.train_data)} images, fewer than one "
-                f"batch of {batch_size} for each of {run.world_size} rank(s): take a smaller "
-                "-batch_size"
+                f"batch of {batch_size} for each of {run.world_size} rank(s): take "
+                f"{advice.about_batch_size(len(run.train_data), run.world_size)}"
             )
         # A step sees no more batches than an epoch has.
         self.accum_iter = min(train.ACCUM_ITER, self.batches)
@@ -62,6 +63,7 @@ class Training:
         self.ema = self._build_ema()
         self.updater = optim.Updater(self.optimizer, schedule, self.scaler, self.ema)
         self.batch_transform = BatchTransform(self.config, train=True)
+        self.pace = Pace(train.NUM_EPOCHS * self.batches, self.accum_iter, run.log.info)
         self.best, self.scores = {"acc1": -1.0, "epoch": 0}, {}
         self.place = Place(train.LAST_EPOCH)
         self.updater.move_to(train.LAST_EPOCH * self.steps_per_epoch)
@@ -261,7 +263,8 @@ class Training:
         """Shows and logs how far training is."""
         rate = self.optimizer.get_lr()
         speed = f"{images_per_second:.1f} images/s"
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed}")
+        pace, until = self.pace.report((epoch - 1) * self.batches + done)
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed}{until}")
         self.run.log.debug(
             f"epoch {epoch}/{self.config.TRAIN.NUM_EPOCHS} batch {done}/{self.batches}: "
             f"loss {loss:.4f}, lr {rate:.3e}, {speed}"
@@ -274,6 +277,7 @@ class Training:
             loss=loss,
             lr=rate,
             images_per_second=round(images_per_second, 2),
+            **pace,
         )
 
     # --- checkpoints ---
