@@ -1,6 +1,7 @@
 """What changes the weights: schedule, AdamW's parts, loss scaling, averaging."""
 
 import contextlib
+import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import paddle
 import pytest
 from paddle import nn
 from paddle.amp import grad_scaler
+from program import ROOT
 
 from config import ConfigError, get_config, update_config
-from training import optim
+from datasets import batches_per_epoch
+from training import advice, optim
 from training.optim import EMA, LearningRate, NoEMA, Updater, build_optimizer, decayed_parameters
 
 
@@ -109,6 +112,27 @@ def test_rates_scale_with_the_images_of_a_step(images, reference, scale):
 @pytest.mark.parametrize(("steps", "expected"), [(None, 20 * 625), (10000, 10000), (0, 0)])
 def test_warm_up_steps_override_warm_up_epochs(steps, expected):
     assert LearningRate(config_of(WARMUP_STEPS=steps).TRAIN, 512, 625).warmup == expected
+
+
+@pytest.mark.parametrize("name", ["gmlp_s16_finetune", "gmlp_ti16_scratch"])
+@pytest.mark.parametrize("images", [200, 1000, 10_000, 100_000])
+def test_recipes_for_photographs_reach_their_rate_in_a_tenth_of_the_run(name, images):
+    train = get_config(ROOT / "configs" / f"{name}.yaml").TRAIN
+    for ranks, batch_size in itertools.product(range(1, 9), (16, 32, 64, 128, 256)):
+        batches = batches_per_epoch(images, batch_size, ranks)
+        if batches == 0:  # told which batch fits, which then does
+            word = advice.about_batch_size(images, ranks)
+            batch_size = int(word.split()[-1])
+            batches = batches_per_epoch(images, batch_size, ranks)
+        rate = optim.LearningRate(train, batch_size * ranks, batches)
+        peak = train.BASE_LR * batch_size * ranks / 256
+        tenth = [rate(step) for step in range(0, rate.total // 10 + 1, 1 + rate.total // 1000)]
+        assert max(*tenth, rate(rate.warmup)) == pytest.approx(peak, rel=0.03)
+        assert max(tenth) > 0.97 * peak and rate(rate.total) == 0
+
+
+def test_a_data_set_smaller_than_the_ranks_is_told_how_many_there_may_be():
+    assert advice.about_batch_size(3, 8) == "-nprocs 3, and -batch_size 1"
 
 
 def test_the_optimizer_takes_each_steps_rate_and_that_of_a_resumed_step(model):
