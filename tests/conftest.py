@@ -18,15 +18,12 @@ from ranks.report import REPORT_PIPE  # noqa: E402
 
 prepare_cpu(ranks=int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))  # before Paddle's import
 
+import devices  # noqa: E402, which imports Paddle
+import gpu_report  # noqa: E402
 import paddle  # noqa: E402
 
-# On a GPU machine too the tests, and what they start, compute on the CPU: Paddle would take GPU 0,
-# whose TF32 is another function.  test_gpu.py has the GPUs back, by the fixture `gpus`.
-_VISIBLE, _count_gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), paddle.device.cuda.device_count
-GPUS = _count_gpus()
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-paddle.device.cuda.device_count = lambda: 0
-paddle.set_device("cpu")
+devices.hide_gpus()
+pytest_terminal_summary = gpu_report.print_report
 
 
 @pytest.fixture(scope="session")
@@ -61,19 +58,16 @@ def trained(few_digits, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """How many GPUs Paddle finds, the first of which computes; skipped where there is none."""
-    if not GPUS:
-        pytest.skip("Paddle finds no GPU on this machine")
-    if _VISIBLE is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request):
+    """A devices.Device, on which this process computes; without a GPU that one is skipped."""
+    if request.param == "cpu":
+        yield devices.CPU
+    elif devices.why_no_gpu():
+        pytest.skip(devices.why_no_gpu())
     else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _VISIBLE)
-    monkeypatch.setattr(paddle.device.cuda, "device_count", _count_gpus)
-    paddle.set_device("gpu:0")
-    yield GPUS
-    paddle.set_device("cpu")
+        with devices.show_gpus():
+            yield devices.GPU
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
 """What tests ask of other processes: which there are, in which state, and what they left."""
 
+import contextlib
 import os
+import signal
 import time
 from pathlib import Path
+
+from ranks.host import remove_batches
 
 HANG_SECONDS = 240  # a limit that only stops a hang
 
 
-def wait_for(condition, process=None):
+def wait_for(condition, process=None, seconds=HANG_SECONDS):
     """Waits until condition() holds; fails when the process ends first."""
-    limit = time.monotonic() + HANG_SECONDS
+    limit = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, "the program ended early"
         assert time.monotonic() < limit, "the program hangs"
@@ -59,3 +63,23 @@ def _stat_of(pid, field):
 def session_exists(session):
     """Whether any process is left in a session, in whatever group."""
     return any(session_of(pid) == session for pid in process_ids())
+
+
+def processes_of(session):
+    return [pid for pid in process_ids() if session_of(pid) == session]
+
+
+def children_of(parent):
+    """Process ids of children, in the order in which they were started."""
+    return sorted(pid for pid in process_ids() if parent_of(pid) == parent)
+
+
+def kill_all(process):
+    """SIGKILL to the launcher, all ranks and all loader workers, of a session of their own."""
+    pids = processes_of(process.pid)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # with its parent
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not session_exists(process.pid))
+    remove_batches(pids)  # with the launcher gone too, nobody else does this

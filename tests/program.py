@@ -132,11 +132,17 @@ def run_preloaded(command, cwd="/", **env):
     return Result(program.returncode, out, err)
 
 
-def start_program(data, output, *args, opts=None, **popen):
-    """A running training of the small model, of 300 epochs unless opts say otherwise."""
+def start_program(data, output, *args, opts=None, visible="", **popen):
+    """A running training of the small model, of 300 epochs unless opts say otherwise.
+
+    `visible` is CUDA_VISIBLE_DEVICES, "" for the CPU.
+    """
     opts = {**SMALL, "TRAIN.NUM_EPOCHS": 300, "REPORT_FREQ": 1, **(opts or {})}
     command = _program(["-data_path", data, "-output", output, *args], opts)
-    return preloaded.Program(command, _environment(_ON_CPU), **popen)
+    env = _environment({**_ON_CPU, "CUDA_VISIBLE_DEVICES": visible})
+    if visible == "":
+        return preloaded.Program(command, env, **popen)
+    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, text=True, **popen)
 
 
 _ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": None}
@@ -149,7 +155,19 @@ def _program(args, opts, cfg=CONFIG, launcher=()):
 
 def _environment(changes):
     """This process's variables with others; those that are None are unset."""
-    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    variables = {**os.environ, "NVIDIA_TF32_OVERRIDE": None, **changes}  # of devices.py
+    return {name: value for name, value in variables.items() if value is not None}
+
+
+def folder_of(output):
+    """The folder of the only training run in `output`."""
+    (folder,) = output.glob("train-*")
+    return folder
+
+
+def log_of(output):
+    """The log of the only run in `output`; nothing before it has begun."""
+    return "".join(path.read_text() for path in output.glob("train-*/log.txt"))
 
 
 def metrics(folder, kind):

@@ -21,11 +21,11 @@ import pytest
 from processes import (
     HANG_SECONDS,
     batches_in_shared_memory,
+    children_of,
     is_stopped,
-    parent_of,
-    process_ids,
+    kill_all,
+    processes_of,
     session_exists,
-    session_of,
     wait_for,
     wait_until_no_batches_but,
 )
@@ -34,6 +34,8 @@ from program import (
     ROOT,
     SMALL,
     flatten,
+    folder_of,
+    log_of,
     metrics,
     run,
     run_preloaded,
@@ -42,26 +44,11 @@ from program import (
     start_program,
 )
 
-from ranks.host import remove_batches
 from training import state
 from weights import checkpoint, pdparams
 
 LONG = {**SMALL, "TRAIN.NUM_EPOCHS": 8}  # 32 optimizer steps of two ranks
 EVERY_STEP = {**LONG, "SAVE_FREQ_STEPS": 1}
-
-
-def only(paths):
-    (path,) = paths
-    return path
-
-
-def folder_of(output):
-    return only(output.glob("train-*"))
-
-
-def log_of(output):
-    """The log of the only run in a folder; nothing before it has begun."""
-    return "".join(path.read_text() for path in output.glob("train-*/log.txt"))
 
 
 def checkpoint_of(output, name="last"):
@@ -105,26 +92,6 @@ def freeze_while_writing(output, process):
                 if path.exists():
                     return
                 os.kill(writer, signal.SIGCONT)
-
-
-def processes_of(session):
-    return [pid for pid in process_ids() if session_of(pid) == session]
-
-
-def children_of(parent):
-    """Process ids of children, in the order in which they were started."""
-    return sorted(pid for pid in process_ids() if parent_of(pid) == parent)
-
-
-def kill_all(process):
-    """SIGKILL to the launcher, all ranks and all loader workers."""
-    pids = processes_of(process.pid)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # with its parent
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    wait_for(lambda: not session_exists(process.pid))
-    remove_batches(pids)  # with the launcher gone too, nobody else does this
 
 
 def temporary_files(output):
