@@ -35,15 +35,18 @@ def hide_gpus():
     paddle.set_device("cpu")
 
 
-def why_no_gpu():
-    """Why this process has no GPU, as a sentence; "" where it has one."""
-    if GPUS:
-        return ""
+def why_cpu():
+    """Why this process is to compute on the CPU whatever there is; "" where it is not."""
     if not paddle.is_compiled_with_cuda():
         return f"Paddle {paddle.__version__} here is a wheel for the CPU"
-    if (_VISIBLE or "0").strip() in ("", "-1"):  # as it is for pytest's parallel processes
+    if _VISIBLE is not None and _VISIBLE.strip() in ("", "-1"):  # as in parallel test processes
         return f"CUDA_VISIBLE_DEVICES is {_VISIBLE!r}, which asks for the CPU"
-    return "Paddle finds no GPU on this machine"
+    return ""
+
+
+def why_no_gpu():
+    """Why this process has no GPU; "" where it has one."""
+    return "" if GPUS else why_cpu() or "Paddle finds no GPU on this machine"
 
 
 @contextlib.contextmanager
