@@ -87,7 +87,7 @@ def describe_machine(device):
     yield f"GPU check of {time.strftime('%Y-%m-%d')}, on a {device}; revision {git_revision()}"
     if device == "gpu":
         with devices.show_gpus():
-            yield from _describe_gpu()
+            yield _describe_gpu()
     else:
         yield f"no GPU: {devices.why_no_gpu() or 'its tests were not run'}"
     cuda = paddle.version
@@ -97,7 +97,9 @@ def describe_machine(device):
         f"(found {paddle.get_cudnn_version()}), NCCL {nccl}"
     )
     yield f"python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}"
-    yield ", ".join(f"{name} {_flag(name)}" for name in _FLAGS)
+    yield "here (programs have the key DETERMINISTIC): " + ", ".join(
+        f"{name} {_flag(name)}" for name in _FLAGS
+    )
     names = [name for name in sorted(os.environ) if name.startswith(("NCCL_", "CUBLAS_", "FLAGS_"))]
     variables = {name: os.environ[name] for name in names}
     variables["NVIDIA_TF32_OVERRIDE"] = f"{os.environ['NVIDIA_TF32_OVERRIDE']} (unset in programs)"
@@ -105,11 +107,14 @@ def describe_machine(device):
 
 
 def _describe_gpu():
-    major, minor = paddle.device.cuda.get_device_capability()
-    properties = paddle.device.cuda.get_device_properties()
-    memory = properties.total_memory / 1e9
-    yield (
-        f"{devices.GPUS} x {properties.name}, compute capability {major}.{minor}, {memory:.0f} GB, "
+    try:
+        properties = paddle.device.cuda.get_device_properties()
+        capability = "{}.{}".format(*paddle.device.cuda.get_device_capability())
+    except Exception as error:  # the rest of the block is worth having
+        return f"{devices.GPUS} GPU(s): {error}"
+    return (
+        f"{devices.GPUS} x {properties.name}, compute capability {capability}, "
+        f"{properties.total_memory / 1e9:.0f} GB, "
         f"driver {' '.join(query('driver_version')[:1]) or 'unknown'}"
     )
 

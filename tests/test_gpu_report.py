@@ -1,9 +1,11 @@
 """The block that the GPU check prints, made of made-up results; and the names that it calls."""
 
 import ast
+import contextlib
 import functools
 from types import SimpleNamespace
 
+import devices
 import gpu_report
 import paddle
 import pytest
@@ -85,6 +87,23 @@ def test_the_machine_is_described_without_a_gpu_too(monkeypatch):
     parts += ["no GPU: ", "NCCL_SOCKET_IFNAME=eth7", "NVIDIA_TF32_OVERRIDE=0 (unset in programs)"]
     for part in [*parts, "FLAGS_cudnn_deterministic "]:
         assert part in text
+
+
+def test_a_gpu_that_does_not_answer_costs_one_line_of_the_block(monkeypatch):
+    def fail():
+        raise OSError("no answer")
+
+    monkeypatch.setattr(devices, "show_gpus", contextlib.nullcontext)
+    monkeypatch.setattr(devices, "GPUS", 2)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_properties", fail)
+    assert list(gpu_report.describe_machine("gpu"))[1] == "2 GPU(s): no answer"
+    card = SimpleNamespace(name="NVIDIA H100", total_memory=85e9)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_properties", lambda: card)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_report, "query", lambda field: ["550.54"] * 2)
+    assert list(gpu_report.describe_machine("gpu"))[1] == (
+        "2 x NVIDIA H100, compute capability 9.0, 85 GB, driver 550.54"
+    )
 
 
 def test_what_nvidia_smi_does_not_say_is_none(monkeypatch):
