@@ -17,7 +17,7 @@ import termios
 import numpy as np
 import paddle
 import pytest
-from conftest import GPUS
+from devices import GPUS
 from processes import (
     HANG_SECONDS,
     batches_in_shared_memory,
