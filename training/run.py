@@ -137,8 +137,7 @@ class Run:
                 f"AMP_DTYPE float16 cannot run with NumPy {np.__version__}, where Paddle's loss "
                 "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16"
             )
-        by_type = {"auto": dtype == "bfloat16", "amp": True, "float32": False}
-        return optim.Amp(dtype, by_type[config.AMP_LAYER_NORM])
+        return amp_of(config, dtype)
 
     def _refuse_other_weights(self):
         """Raises NotThisModel where the weights that are asked for are another model's."""
@@ -235,6 +234,12 @@ class Run:
         """The batches of a sampler; see ranks.loader.build_loader."""
         workers = choose_workers(self.config.DATA.NUM_WORKERS, self.on_gpu)
         return build_loader(dataset, sampler, workers, self.config.DATA.IMAGE_SIZE, local_ranks())
+
+
+def amp_of(config, dtype):
+    """The optim.Amp of a type, "float16" or "bfloat16", as AMP_LAYER_NORM says."""
+    by_type = {"auto": dtype == "bfloat16", "amp": True, "float32": False}
+    return optim.Amp(dtype, by_type[config.AMP_LAYER_NORM])
 
 
 def build_model(config):

@@ -5,6 +5,8 @@
     python tools/benchmark train -peer /path/to/timm/bin/python -ranks 1 2
     python tools/benchmark start
     python tools/benchmark memory
+    python tools/benchmark traffic
+    python tools/benchmark rounding
     python tools/benchmark plan -device a100
     python tools/benchmark plan -check
 
@@ -272,6 +274,22 @@ def train_memory(bench):
     bench.show(title, results, cells)
 
 
+def traffic(bench):
+    """Memory traffic of a training step by operator, in float32 and mixed precision; no timing."""
+    common.import_paddle()
+    from tools.benchmark import mixed
+
+    mixed.show_traffic(bench, bench.args.batch_size)
+
+
+def rounding(bench):
+    """What the rounding of mixed precision does to logits and to a short training; simulated."""
+    common.import_paddle()
+    from tools.benchmark import rounding
+
+    rounding.run(bench)
+
+
 def planning(bench):
     """What training would take on other devices."""
     args = bench.args
@@ -303,6 +321,8 @@ COMMANDS = {
     "start": (start, {"peer": None, **TURNS}),
     "memory": (memory, {**MODEL, "cfg": B16, "batch_size": 16, "lines": IMAGENET,
                         "num_workers": 2, "parts": PARTS}),
+    "traffic": (traffic, {"cfg": S16, "batch_size": 256}),
+    "rounding": (rounding, {"batches": 200}),
     "plan": (planning, {"cfg": S16, **PLANNED, **IMAGES, **TURNS, "batch_size": None,
                         "check": False}),
 }

@@ -12,15 +12,15 @@ from tools import common
 from config import get_config
 from tools.benchmark.images import prepare_images
 
-# timm publishes 657.63 images/s for training gmlp_s16_224 and 275.97 for gmlp_b16_224 on an RTX
-# 3090 under AMP (results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv in its repository).  Less
-# the matrix products at that card's 71 TFLOP/s, its 936 GB/s move 1.08 and 2.15 GB an image in that
-# time: 7.4 times what a pass keeps for the backward pass in float32, for both models.
-TRAFFIC_PER_KEPT_BYTE = 7.4
-# Of what float32 keeps, mixed precision keeps this share: timm's batches of 192 (S/16) and 96
-# (B/16) are the largest of its table's that fit into 24 GB, 256 and 128 do not, so that it is
-# between 0.64 and 0.85.
-KEPT_SHARE_AMP = 0.75
+# The share of its memory's bandwidth that a step reaches, if matrix products take their time at the
+# device's peak.  A step of S/16 with 256 images, without stochastic depth, moves 187 GB by count
+# with LayerNorm in float32 and 137 GB with LayerNorm in bfloat16; an H100 takes 145.5 and 125.3 ms
+# for it (analogy.py): 0.40 and 0.34 of its 3,350 GB/s.  An RTX 3090 (936 GB/s, 71 TFLOP/s) reaches
+# 0.68 with S/16 and 0.69 with B/16, if timm's formulation moves what this one does: timm publishes
+# 657.63 and 275.97 images/s, batches of 192 and 96 under AMP
+# (results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv in its repository).  Taken is the
+# H100's, by which a slower memory is planned with too many hours rather than with too few.
+BANDWIDTH_SHARE = 0.37
 # AdamW reads weight, gradient and two moments and writes all but the gradient, in float32.
 OPTIMIZER_TRAFFIC = 7 * 4  # bytes per parameter
 STATE_BYTES = 4 * 4  # per parameter: weight, gradient, two moments in float32
@@ -37,6 +37,7 @@ class Device(NamedTuple):
     in_host: int  # devices
     network: float  # of a host, GB/s each way
     cores: int  # of a host
+    amp_dtype: str = "bfloat16"  # what AMP_DTYPE auto takes in training
 
 
 # NVIDIA's data sheets, as the pages in brackets give their numbers; links are half of the
@@ -55,63 +56,43 @@ class Device(NamedTuple):
 DEVICES = {
     "a100": Device(312, 80, 2039, 300, 8, 200, 128),
     "h100": Device(989, 80, 3350, 450, 8, 400, 112),
-    "v100": Device(125, 32, 900, 150, 8, 50, 40),
+    "v100": Device(125, 32, 900, 150, 8, 50, 40, "float16"),
     "rtx4090": Device(165, 24, 1008, 32, 8, 1.25, 64),
 }
 
 
-def facts(config):
-    """What is counted of a config's model.
+def facts(config, amp=None):
+    """What is counted of a config's model in mixed precision, an optim.Amp, or in float32 (None).
 
     Returns:
         A dict: parameters; products, [rows, inner, columns, times] of an image's forward pass, and
-        their multiply_adds; kept_bytes, what the pass keeps for the backward pass in float32, and
-        kept_bytes_recompute, the same with TRAIN.RECOMPUTE.
+        their multiply_adds; forward_bytes and backward_bytes, which the passes move in memory for
+        an image; kept_bytes, what is kept of it for the backward pass, and kept_bytes_recompute,
+        the same with TRAIN.RECOMPUTE.
     """
     common.import_paddle()
-    from gmlp import GMLP
+    from tools.benchmark.mixed import image_bytes, total
     from tools.model_table import count_multiply_adds, count_parameters, matrix_products
     from training.run import build_model
 
-    sizes = build_model(config).sizes  # ConfigError where they make no model
-    model, one_block = GMLP(sizes), GMLP(sizes._replace(depth=1))
+    model = build_model(config)  # ConfigError where the sizes make none
+    sizes = model.sizes
     products = matrix_products(model, sizes.image_size)
+    _, one_block, whole = image_bytes(sizes, amp)
     block_inputs = 4 * sizes.depth * sizes.num_tokens * sizes.dim
     return {
         "parameters": count_parameters(model),
         "products": [[*shape, times] for shape, times in products.items()],
         "multiply_adds": count_multiply_adds(model, sizes.image_size),
-        "kept_bytes": kept_bytes(model),
-        "kept_bytes_recompute": kept_bytes(one_block) + block_inputs,
+        **{f"{kind}_bytes": total(whole, kind) for kind in ("forward", "backward", "kept")},
+        "kept_bytes_recompute": total(one_block, "kept") + block_inputs,
     }
-
-
-def kept_bytes(model):
-    """What a forward pass in training keeps of an image for the backward pass."""
-    import paddle
-
-    channels, size = model.sizes.in_channels, model.sizes.image_size
-
-    def kept(batch_size):
-        tensors = {}  # the objects too, so that no memory is used twice
-
-        def keep(tensor):
-            tensors[tensor.data_ptr()] = tensor
-            return tensor
-
-        with paddle.autograd.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(paddle.zeros([batch_size, channels, size, size]))
-        return sum(int(tensor.size) * tensor.element_size() for tensor in tensors.values())
-
-    model.train()
-    return kept(2) - kept(1)  # so that weights do not count
 
 
 def traffic_bytes(model, images, recompute=False):
     """Bytes that an optimizer step of `images` images moves in a device's memory."""
-    passes = 4 / 3 if recompute else 1
-    kept = TRAFFIC_PER_KEPT_BYTE * model["kept_bytes"] * passes
-    return images * kept + OPTIMIZER_TRAFFIC * model["parameters"]
+    passes = model["forward_bytes"] * (2 if recompute else 1) + model["backward_bytes"]
+    return images * passes + OPTIMIZER_TRAFFIC * model["parameters"]
 
 
 def exchange_seconds(num_bytes, devices, device):
@@ -131,9 +112,10 @@ def step_seconds(model, device, devices, images, recompute=False):
     """
     # The backward pass has two products for each of the forward pass's; recomputation repeats that.
     flops = images * (4 if recompute else 3) * 2 * model["multiply_adds"]
+    bandwidth = BANDWIDTH_SHARE * device.bandwidth * 1e9
     return {
         "matrix products": flops / (device.peak * 1e12),
-        "memory traffic": traffic_bytes(model, images, recompute) / (device.bandwidth * 1e9),
+        "memory traffic": traffic_bytes(model, images, recompute) / bandwidth,
         "links": exchange_seconds(4 * model["parameters"], devices, device),
     }
 
@@ -150,7 +132,7 @@ def memory_bytes(model, batch_size, recompute=False, ema=False):
     """Bytes that training takes on a device: weights, gradients, moments, what passes keep."""
     kept = model["kept_bytes_recompute" if recompute else "kept_bytes"]
     state = model["parameters"] * (STATE_BYTES + (4 if ema else 0))
-    return state + batch_size * kept * KEPT_SHARE_AMP
+    return state + batch_size * kept
 
 
 def plan(model, config, device, devices, loader_rate, epoch_images):
@@ -194,12 +176,16 @@ def run(bench):
     config.TRAIN.RECOMPUTE = args.recompute or config.TRAIN.RECOMPUTE
     given = {name: value for name, value in vars(args).items() if name in Device._fields and value}
     device = DEVICES[args.device]._replace(**given)
-    model, rate = facts(config), args.loader_rate or measured_loader_rate(bench)
+    amp = recipe_amp(config, device)
+    model, rate = facts(config, amp), args.loader_rate or measured_loader_rate(bench)
     plans = [plan(model, config, device, n, rate, args.epoch_images) for n in args.devices]
+    moved = model["forward_bytes"] + model["backward_bytes"]
+    name = config.MODEL.NAME
+    print(f"{name}: {model['parameters']:,} parameters; a core loads {rate:.0f} images/s")
     print(
-        f"{config.MODEL.NAME}: {model['parameters']:,} parameters, {model['multiply_adds']:,} "
-        f"multiply-adds, {model['kept_bytes'] / 1e6:.0f} MB kept per image; "
-        f"a core loads {rate:.0f} images/s"
+        f"an image in {amp.dtype}, LayerNorm in {amp.dtype if amp.layer_norm else 'float32'}: "
+        f"{model['multiply_adds']:,} multiply-adds, {moved / 1e6:.0f} MB moved, "
+        f"{model['kept_bytes'] / 1e6:.0f} MB kept"
     )
     cells = [
         {
@@ -215,6 +201,15 @@ def run(bench):
         for one in plans
     ]
     bench.show(f"{config.TRAIN.NUM_EPOCHS} epochs on {args.device}", plans, cells)
+
+
+def recipe_amp(config, device):
+    """The mixed precision in which a device trains with `-amp`."""
+    common.import_paddle()
+    from training.run import amp_of
+
+    dtype = device.amp_dtype if config.AMP_DTYPE == "auto" else config.AMP_DTYPE
+    return amp_of(config, dtype)
 
 
 def measured_loader_rate(bench):
@@ -271,8 +266,9 @@ def check(bench):
     title = f"training {name} on this CPU, one thread a rank, batches of {batch_size}"
     bench.show(title, results, cells)
     alone, beside = devices
+    moved = [BANDWIDTH_SHARE * device.bandwidth for device in devices]
     print(
         f"from, alone (beside another rank): {1000 * alone.peak:.0f} ({1000 * beside.peak:.0f}) "
-        f"GFLOP/s, {alone.bandwidth:.1f} ({beside.bandwidth:.1f}) GB/s by {small.MODEL.NAME}, "
+        f"GFLOP/s, {moved[0]:.1f} ({moved[1]:.1f}) GB/s by {small.MODEL.NAME}, "
         f"all-reduce {link:.2f} GB/s"
     )
