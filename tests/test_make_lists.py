@@ -225,6 +225,26 @@ def test_classes_that_are_whole_numbers_are_labelled_by_value(tmp_path):
     assert classes(tmp_path) == [*sorted(map(str, range(11))), "eleven"]
 
 
+def test_imagenet_v2s_folders_are_all_for_validation_with_their_numbers_for_labels(tmp_path):
+    for number in range(12):
+        images(tmp_path / str(number), "a.jpeg", "b.jpeg")
+    result = made(tmp_path, "-val_fraction", 1).check()
+    assert read(tmp_path, "val") == [
+        (f"{number}/{name}.jpeg", number) for number in range(12) for name in "ab"
+    ]
+    assert files(tmp_path) == ["classes.txt", "val_list.txt"]
+    next_command = f"-data_path {tmp_path} -num_classes 12 -lists val_list.txt"
+    assert result.out.splitlines() == [
+        "val_list.txt 24 images, classes: 12",
+        f"next: python tools/check_dataset.py {next_command}",
+    ]
+    words = next_command.split()
+    assert run_tool(check_dataset, *words).check().out.endswith("problems: 0, warnings: 0\n")
+    made(tmp_path, "-val_fraction", 0.5, "-force").check()  # and back: no list of before stays
+    made(tmp_path, "-val_fraction", 1, "-force").check()
+    assert files(tmp_path) == ["classes.txt", "val_list.txt"]
+
+
 def test_whole_numbers_of_one_length_say_nothing_and_those_of_both_folders_agree(tmp_path):
     for part in ("train", "val"):
         for name in ("0000", "0009", "0010"):
@@ -343,8 +363,8 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path, flat, split):
     single = tmp_path / "single"
     images(single / "a", "1.png")
     made(single).refused(2, f"{single}: every class has one image")
-    for fraction in ("0", "1", "nan", "-0.1"):
-        made(single, f"-val_fraction={fraction}").refused(2, "above 0 and below 1")
+    for fraction in ("0", "1.01", "nan", "-0.1"):
+        made(single, f"-val_fraction={fraction}").refused(2, "above 0 and at most 1")
 
 
 def test_a_class_may_be_called_train(tmp_path):

@@ -6,8 +6,9 @@
 Two layouts: DIR/train/CLASS/... beside DIR/val/CLASS/..., or DIR/CLASS/... alone, of which each
 class gives -val_fraction of its images to validation.  Writes train_list.txt, val_list.txt and
 classes.txt (the classes' names in the order of their labels, for predict.py's -names) into DIR: all
-three or none.  Labels are the ranks of the sorted class names, as ImageNet's are; where all names
-are whole numbers they are sorted as numbers, as timm does, unless -string_order is given.
+of them or none; -val_fraction 1, for data to evaluate on, makes no train_list.txt.  Labels are the
+ranks of the sorted class names, as ImageNet's are; where all names are whole numbers they are
+sorted as numbers, as timm does, unless -string_order is given.
 
 The split is a function of -seed and the images' paths in DIR, so it is the same on every machine,
 and images that come later move few others.  Images are what Pillow can read here, by the suffix.
@@ -63,7 +64,8 @@ def build_parser():
         "-val_fraction",
         metavar="F",
         type=float,
-        help="share of each class that validation gets where there is no val folder (default 0.1)",
+        help="share of each class that validation gets where there is no val folder (default 0.1; "
+        "1: all, to evaluate on)",
     )
     add("-seed", metavar="N", type=int, default=0, help="of the split (default 0)")
     add(
@@ -79,8 +81,8 @@ def work(args):
     """Writes the lists that the arguments ask for."""
     signal.signal(signal.SIGTERM, common.leave)  # so that temporary files go
     root, fraction = args.data_path, args.val_fraction
-    if fraction is not None and not 0 < fraction < 1:
-        raise ConfigError(f"-val_fraction is {fraction}, it must be above 0 and below 1")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(f"-val_fraction is {fraction}, it must be above 0 and at most 1")
     _require_new(root, args.force)
     tally, left_out = common.Tally("make_lists.py: warning: "), common.LeftOut()
 
@@ -91,13 +93,10 @@ def work(args):
 
     sort = sort_strings if args.string_order else sort_names
     names, splits = read_classes(root, fraction, args.seed, sort, skip, tally.say)
-    require_lines(root, names, splits)
-    texts = {CLASSES: "".join(f"{name}\n" for name in names)}
-    for split, classes in splits.items():
-        images = ((path, label) for label, paths in enumerate(classes) for path in paths)
-        texts[f"{split}_list.txt"] = "".join(f"{path} {label}\n" for path, label in images)
-    # The bytes that the file system has, whatever the locale makes of them.
-    write_files(root, {name: os.fsencode(texts[name]) for name in _FILES})
+    write_lists(root, names, splits)
+    if "train" not in splits:
+        with contextlib.suppress(FileNotFoundError):  # one that -force allows to replace
+            os.remove(os.path.join(root, "train_list.txt"))
     moved = [pair for pair in enumerate(zip(names, sort_strings(names))) if len({*pair[1]}) > 1]
     if moved:
         label, (name, other) = moved[0]
@@ -107,12 +106,10 @@ def work(args):
         )
     for sentence in left_out.sentences():
         print(f"make_lists.py: {sentence}", file=sys.stderr)
-    train, val = (sum(map(len, splits[split])) for split in ("train", "val"))
-    print(f"train_list.txt {train:,} images, val_list.txt {val:,} images, classes: {len(names):,}")
+    print(describe_lists(names, splits))
     if left_out.counts:
         print("left out: " + ", ".join(f"{n:,} ({kind})" for kind, n in left_out.counts.items()))
-    command = ["python", "tools/check_dataset.py", "-data_path", root]
-    print("next: " + shlex.join([*command, "-num_classes", str(len(names))]))
+    print(f"next: {check_command(root, names, splits)}")
 
 
 def sort_strings(names):
@@ -132,7 +129,8 @@ def read_classes(root, fraction, seed, sort, skip, warn):
 
     Args:
         root: the data set's folder.
-        fraction: what validation gets of each class of a data set without a val folder; None: 0.1.
+        fraction: what validation gets of each class of a data set without a val folder; None: 0.1;
+            1: all, and there is no "train" in what is returned.
         seed: of that split.
         sort: sort_names or sort_strings.
         skip: see utils.find_images.
@@ -154,13 +152,13 @@ def read_classes(root, fraction, seed, sort, skip, warn):
                     f"{root}: has folders in {folder}, but no {other}: give -data_path {folder} to "
                     "split that one, or add the other"
                 )
-        return _split(_read_folders(root, skip), root, fraction or 0.1, seed, sort, warn)
+        return _split(read_folders(root, skip), root, fraction or 0.1, seed, sort, warn)
     if fraction is not None:
         raise ConfigError(f"{val}: validation has a folder of its own: leave -val_fraction out")
     for entry in sorted_entries(root):
         if entry.name not in ("train", "val") and _may_be_class(entry):
             warn(f"{show_path(entry.path)}: left out, as it is neither train nor val")
-    images = {"train": _read_folders(train, skip), "val": _read_folders(val, skip)}
+    images = {"train": read_folders(train, skip), "val": read_folders(val, skip)}
     names = sort(images["train"])
     unknown = sort_strings(set(images["val"]) - set(names))
     if unknown:
@@ -173,12 +171,15 @@ def read_classes(root, fraction, seed, sort, skip, warn):
         if name not in images["val"]:
             warn(f"{show_path(os.path.join(train, name))}: this class has no images in val")
     return names, {
-        split: [_relative(images[split].get(name, []), root) for name in names] for split in images
+        split: [relative(images[split].get(name, []), root) for name in names] for split in images
     }
 
 
-def _read_folders(folder, skip):
-    """Class names to sorted lists of image paths, for the folders in a folder."""
+def read_folders(folder, skip):
+    """Class names to sorted lists of image paths, for the folders in a folder.
+
+    Raises ConfigError where there are none, or one has no images.
+    """
     classes, unreadable = {}, set()
 
     def skip_and_note(kind, path, problem):
@@ -220,7 +221,8 @@ def _may_be_class(entry):
     return not entry.name.startswith(".") and is_folder(entry) and not is_system_folder(entry.name)
 
 
-def _relative(paths, root):
+def relative(paths, root):
+    """Paths in a folder, as its lists have them."""
     start = len(os.path.join(root, ""))  # os.path.relpath would take seconds for a million
     return [path[start:] for path in paths]
 
@@ -232,9 +234,11 @@ def _split(classes, root, fraction, seed, sort, warn):
         return hashlib.sha256(os.fsencode(f"{seed}/{path}")).digest()
 
     names = sort(classes)
+    if fraction == 1:
+        return names, {"val": [relative(classes[name], root) for name in names]}
     train, val = [], []
     for name in names:
-        paths = _relative(classes[name], root)
+        paths = relative(classes[name], root)
         count = min(max(1, round(fraction * len(paths))), len(paths) - 1)
         if not count:
             warn(
@@ -246,6 +250,40 @@ def _split(classes, root, fraction, seed, sort, warn):
     if not any(val):
         raise ConfigError(f"{root}: every class has one image: there is nothing to validate with")
     return names, {"train": train, "val": val}
+
+
+def write_lists(root, names, splits):
+    """Writes classes.txt and the list of each split, all of them or none.
+
+    Args:
+        root: the data set's folder.
+        names, splits: as read_classes gives them.
+
+    Raises:
+        ConfigError: a name is none that a line can hold.
+        OSError: with the path.
+    """
+    require_lines(root, names, splits)
+    texts = {CLASSES: "".join(f"{name}\n" for name in names)}
+    for split, classes in splits.items():
+        images = ((path, label) for label, paths in enumerate(classes) for path in paths)
+        texts[f"{split}_list.txt"] = "".join(f"{path} {label}\n" for path, label in images)
+    # The bytes that the file system has, whatever the locale makes of them.
+    write_files(root, {name: os.fsencode(texts[name]) for name in _FILES if name in texts})
+
+
+def describe_lists(names, splits):
+    """What was written, as a line to print."""
+    images = (f"{split}_list.txt {sum(map(len, of)):,} images" for split, of in splits.items())
+    return f"{', '.join(images)}, classes: {len(names):,}"
+
+
+def check_command(root, names, splits):
+    """The command that checks the data set, ready to paste."""
+    words = ["python", "tools/check_dataset.py", "-data_path", root, "-num_classes", len(names)]
+    if "train" not in splits:
+        words += ["-lists", "val_list.txt"]
+    return shlex.join(map(str, words))
 
 
 def require_lines(root, names, splits):
