@@ -57,6 +57,8 @@ KEYS = {
     "DATA.BATCH_SIZE_EVAL": _whole(None, 1, none=True),  # the same in evaluation; None: BATCH_SIZE
     "DATA.DATA_PATH": _text("/dataset/imagenet/"),  # folder of train_list.txt and val_list.txt
     "DATA.DATASET": _text("imagenet2012"),  # the layout of that folder, one of datasets.DATASETS
+    # new: ImageNet's reassessed labels, real.json, with -eval: their accuracy as well
+    "DATA.REAL_LABELS": _text(None, none=True),
     "DATA.IMAGE_SIZE": _whole(224, 1),  # height and width that the model sees, pixels
     "DATA.IMAGE_CHANNELS": _whole(3, 1),  # the loader gives RGB: only 3 can be trained or evaluated
     "DATA.CROP_PCT": _real(0.875, 0.01, 1),  # evaluation: what the crop keeps of the short side
@@ -161,7 +163,7 @@ KEYS = {
     "DETERMINISTIC": _switch(True),
 }
 # fmt: on
-_PATHS = ("DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "SAVE")
+_PATHS = ("DATA.DATA_PATH", "DATA.REAL_LABELS", "MODEL.PRETRAINED", "MODEL.RESUME", "SAVE")
 _ORDERED = ("TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.CUTMIX_MINMAX")  # [min, max]
 # Keys that are gone: YAML files that have them still load, with this sentence for any other value.
 _GONE = {
@@ -176,6 +178,7 @@ _LITERAL_LIMIT = 200  # characters of a Python literal, such as (0.9, 0.999)
 FLAGS = {
     "dataset": ["DATA.DATASET"],
     "data_path": ["DATA.DATA_PATH"],
+    "real_labels": ["DATA.REAL_LABELS"],
     "output": ["SAVE"],
     "batch_size": ["DATA.BATCH_SIZE", "DATA.BATCH_SIZE_EVAL"],
     "batch_size_eval": ["DATA.BATCH_SIZE_EVAL"],

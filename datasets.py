@@ -83,7 +83,7 @@ class ImageList(ImageSource):
             try:
                 path, label = _parse_line(line, num_classes, root)
             except DataError as error:
-                hint = self._hint if isinstance(error, _LabelError) else ""
+                hint = self._hint if isinstance(error, LabelError) else ""
                 sentence = f"{self.name}:{number}: {error}{hint}"
                 if on_bad_line is None:
                     raise DataError(sentence) from None
@@ -287,8 +287,14 @@ def build_dataset(config, train):
     return ImageDataset(DATASETS[config.DATA.DATASET](config, train), transform, config.SEED)
 
 
-class _LabelError(DataError):
+class LabelError(DataError):
     """A label that is none of the classes'."""
+
+    def __init__(self, label, num_classes):
+        super().__init__(
+            f"label {show(label)} is not in 0..{num_classes - 1} "
+            f"(MODEL.NUM_CLASSES is {num_classes})"
+        )
 
 
 def _parse_line(line, num_classes, root):
@@ -306,8 +312,5 @@ def _parse_line(line, num_classes, root):
     # Ten digits exceed any number of classes; int() of thousands would take its time.
     label = int(digits) if len(digits) <= 10 and digits.isdigit() else num_classes
     if label >= num_classes:
-        raise _LabelError(
-            f"label {show(digits)} is not in 0..{num_classes - 1} "
-            f"(MODEL.NUM_CLASSES is {num_classes})"
-        )
+        raise LabelError(digits, num_classes)
     return path, label

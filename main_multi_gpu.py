@@ -62,6 +62,7 @@ def build_parser():
     )
     add("-last_epoch", metavar="N", type=int, help="epochs that count as already done")
     add("-eval", action="store_true", help="evaluate only")
+    add("-real_labels", metavar="FILE", help="with -eval: the ReaL labels, real.json, too (new)")
     add("-amp", action="store_true", help="mixed precision on GPU (a CPU runs float32)")
     add("-nprocs", metavar="N", type=int, help="processes (new; default: one per GPU, 1 on CPU)")
     add("-num_workers", metavar="N", type=int, help="loader processes per device (new)")
@@ -91,6 +92,8 @@ def main(argv):
         require_model(args)
         if config.EVAL and args.resume:
             raise UserError("-eval goes with -pretrained FILE, not with -resume")
+        if args.real_labels and not config.EVAL:
+            raise UserError("-real_labels FILE goes with -eval")
         host.number_in("OMP_NUM_THREADS", 1)
         is_rank = launch.is_rank()
         if is_rank:

@@ -43,11 +43,17 @@ class Scores:
 
 
 def describe(result):
-    """A result of Scores as a sentence for the log."""
-    return (
+    """A result of Scores, or of real.RealScores, as a sentence for the log."""
+    text = (
         f"Acc@1 {result['acc1']:.2f} Acc@5 {result['acc5']:.2f} loss {result['loss']:.4f} "
         f"on {result['images']} images"
     )
+    if "real_images" in result:
+        text += (
+            f"; with the ReaL labels Acc@1 {result['real_acc1']:.2f} Acc@5 "
+            f"{result['real_acc5']:.2f} on {result['real_images']}"
+        )
+    return text
 
 
 def top_k_counts(logits, labels, ks=(1, 5)):
@@ -61,17 +67,28 @@ def top_k_counts(logits, labels, ks=(1, 5)):
     Returns:
         int64 Tensor [len(ks)]: a sum, so that ranks and batches of any size add up exactly.
     """
-    own = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1)
-    # A class is behind the label if its logit is smaller, or equal and of a later class.  Counting
-    # those that are not behind puts a NaN ahead of the label: a model of NaNs gets nothing right.
-    later = paddle.arange(logits.shape[1]).unsqueeze(0) >= labels.unsqueeze(1)
-    behind = (logits < own) | ((logits == own) & later)
-    place = (~behind).astype("int64").sum(axis=1)  # of each row's label, from 0
+    place = places(logits, labels.unsqueeze(1))
     return paddle.stack([(place < k).astype("int64").sum() for k in ks])
 
 
+def places(logits, labels):
+    """How many classes have a larger logit than each label's: int64 Tensor [batch, n].
+
+    Args:
+        logits: float Tensor [batch, classes].
+        labels: int64 Tensor [batch, n].
+    """
+    own = paddle.take_along_axis(logits, labels, axis=1).unsqueeze(2)
+    # A class is behind the label if its logit is smaller, or equal and of a later class.  Counting
+    # those that are not behind puts a NaN ahead of the label: a model of NaNs gets nothing right.
+    later = paddle.arange(logits.shape[1]) >= labels.unsqueeze(2)  # [batch, n, classes]
+    logits = logits.unsqueeze(1)
+    behind = (logits < own) | ((logits == own) & later)
+    return (~behind).astype("int64").sum(axis=2)
+
+
 @paddle.no_grad()
-def validate(model, batches, batch_transform, autocast):
+def validate(model, batches, batch_transform, autocast, scores=None):
     """One exact pass: every image once, over all ranks.
 
     Args:
@@ -80,15 +97,16 @@ def validate(model, batches, batch_transform, autocast):
             numbers of them, as communication waits for the end.
         batch_transform: (images, labels) -> (float images, labels).
         autocast: makes the context in which the model runs.
+        scores: what counts; None: new Scores.
 
     Returns:
-        What Scores.result gives.
+        What the scores' result gives.
 
     Raises:
         stop.Stopped: the run was asked to end.
     """
     model.eval()
-    scores = Scores()
+    scores = scores or Scores()
     for images, labels in batches:
         stop.request.raise_if_asked()
         images, labels = batch_transform(images, labels)
@@ -106,9 +124,10 @@ def validate_run(run, model, title):
     batch_size = data.BATCH_SIZE_EVAL or data.BATCH_SIZE
     sampler = EvalSampler(len(run.val_data), batch_size, run.rank, run.world_size)
     transform = BatchTransform(run.config, train=False)
+    scores = run.real.scores(sampler.indices) if run.real else None
     with contextlib.closing(run.loader(run.val_data, sampler)) as batches:
         bar = progress_bar(batches, len(sampler), title, shown=run.rank == 0)
-        return validate(model, bar, transform, run.autocast)
+        return validate(model, bar, transform, run.autocast, scores)
 
 
 def evaluate(run):

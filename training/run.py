@@ -24,6 +24,7 @@ from ranks.loader import build_loader
 from ranks.report import report_folder
 from ranks.watchdog import watchdog
 from training import optim, resume
+from training.real import RealLabels
 from training.whose import whose
 from utils import (
     DataError,
@@ -50,6 +51,7 @@ class Run:
         rank, world_size: this process among all.
         on_gpu: whether the model runs on a GPU.
         model, train_data, val_data: what their names say; train_data is None in an evaluation.
+        real: the RealLabels of val_data where DATA.REAL_LABELS names them, else None.
         start: the resume.Start that the run goes on from.
         folder: where this run's files go.
         log, metrics: a logging.Logger, a MetricsFile.
@@ -79,6 +81,7 @@ class Run:
         try:
             self.val_data = build_dataset(config, train=False)
             self.train_data = None if config.EVAL else build_dataset(config, train=True)
+            self.real = self._real_labels()
         except DataError:
             self._refuse_other_weights()  # labels that do not fit may only mean a wrong -cfg
             raise
@@ -138,6 +141,12 @@ class Run:
                 "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16"
             )
         return amp_of(config, dtype)
+
+    def _real_labels(self):
+        path = self.config.DATA.REAL_LABELS
+        if not (path and self.config.EVAL):
+            return None
+        return RealLabels(path, self.val_data.images, self.config.MODEL.NUM_CLASSES)
 
     def _refuse_other_weights(self):
         """Raises NotThisModel where the weights that are asked for are another model's."""

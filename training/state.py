@@ -136,7 +136,8 @@ OWN_NAMES = {
 # Where data, weights and outputs are; how often something is written, validated or shown; how an
 # evaluation computes; what gives the same bits either way, or has no effect.
 DOES_NOT_DECIDE = (
-    "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.BATCH_SIZE_EVAL", "DATA.CROP_PCT",
+    "DATA.DATA_PATH", "DATA.DATASET", "DATA.REAL_LABELS", "DATA.NUM_WORKERS",
+    "DATA.BATCH_SIZE_EVAL", "DATA.CROP_PCT",
     "MODEL.TYPE", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.ATTENTION_DROPOUT",
     "TRAIN.LAST_EPOCH", "TRAIN.RECOMPUTE",
     "SAVE", "SAVE_FREQ", "SAVE_FREQ_STEPS", "KEEP_LAST", "REPORT_FREQ", "VALIDATE_FREQ",
