@@ -178,6 +178,7 @@ LENGTHS = {
 }
 MAY_BE_NONE = {
     "DATA.BATCH_SIZE_EVAL",
+    "DATA.REAL_LABELS",
     "MODEL.RESUME",
     "MODEL.PRETRAINED",
     "TRAIN.WARMUP_STEPS",
@@ -357,6 +358,7 @@ def test_base_files_are_relative_to_their_own_file_and_may_be_nested_or_shared(t
         ("image_size", 64, "DATA.IMAGE_SIZE"),
         ("accum_iter", 3, "TRAIN.ACCUM_ITER"),
         ("pretrained", "w.pdparams", "MODEL.PRETRAINED"),
+        ("real_labels", "real.json", "DATA.REAL_LABELS"),
         ("resume", "auto", "MODEL.RESUME"),
         ("last_epoch", 3, "TRAIN.LAST_EPOCH"),
         ("eval", True, "EVAL"),
@@ -540,7 +542,9 @@ def test_a_mistake_in_a_parent_file_names_the_parent(tmp_path):
         assert str(tmp_path / "parent.yaml") in refusal(get_config, child)
 
 
-@pytest.mark.parametrize("key", ["SAVE", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME"])
+@pytest.mark.parametrize(
+    "key", ["SAVE", "DATA.DATA_PATH", "DATA.REAL_LABELS", "MODEL.PRETRAINED", "MODEL.RESUME"]
+)
 def test_a_path_may_begin_with_the_home_folder(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     *sections, name = key.split(".")

@@ -47,7 +47,7 @@ from utils import (
 
 CLASSES = "classes.txt"
 # The order in which they appear: where train_list.txt is, the others are.
-_FILES = (CLASSES, "val_list.txt", "train_list.txt")
+FILES = (CLASSES, "val_list.txt", "train_list.txt")
 _OUTSIDE = "outside the class folders"
 
 
@@ -199,12 +199,12 @@ def read_folders(folder, skip):
             skip(SYSTEM, entry.path, None)
         elif entry.is_symlink() and not os.path.exists(entry.path):
             skip(*broken(entry.path))
-        elif entry.name not in _FILES:
+        elif entry.name not in FILES:
             skip(_OUTSIDE, entry.path, None)
     if not classes:
         raise ConfigError(
             f"{folder}: has no class folders: it needs one folder per class with its images "
-            "(ImageNet's validation images come in one folder: sort them first)"
+            "(ImageNet's validation images come in one folder: take tools/prepare_imagenet.py)"
         )
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
@@ -269,7 +269,7 @@ def write_lists(root, names, splits):
         images = ((path, label) for label, paths in enumerate(classes) for path in paths)
         texts[f"{split}_list.txt"] = "".join(f"{path} {label}\n" for path, label in images)
     # The bytes that the file system has, whatever the locale makes of them.
-    write_files(root, {name: os.fsencode(texts[name]) for name in _FILES if name in texts})
+    write_files(root, {name: os.fsencode(texts[name]) for name in FILES if name in texts})
 
 
 def describe_lists(names, splits):
@@ -317,7 +317,7 @@ def _why_no_line(name):
 def _require_new(root, force):
     if not os.path.isdir(root):
         raise ConfigError(f"{root}: there is no such folder")
-    for name in _FILES:
+    for name in FILES:
         path = os.path.join(root, name)
         if os.path.isdir(path):
             raise ConfigError(f"{path}: this is a folder, where a file has to go: rename it")
