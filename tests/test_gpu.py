@@ -625,7 +625,7 @@ def test_s16_trains_in_batches_of_16_or_more(device, note):
     key = planned(name)
     note("the plan's device", key or f"none is {name}")
     if key:
-        facts = planner.facts(config)
+        facts = planner.facts(config, amp)
         plan = planner.plan(facts, config, planner.DEVICES[key], 1, 1e9, epoch_images=1)
         note("images/s by the plan", f"{plan['images_per_second']:,.0f}")
         note("GB by the plan", float(plan["memory"]))

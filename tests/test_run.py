@@ -105,6 +105,7 @@ def test_mixed_precision_of_paddle_2_is_warned_of(monkeypatch, version, said):
 
 def test_without_mixed_precision_on_the_device_the_run_says_so(monkeypatch):
     said = []
+    monkeypatch.setattr(paddle, "__version__", "3.3.1")
     assert choose_amp(monkeypatch, AMP=False, said=said) is None and said == []
     assert choose_amp(monkeypatch, on_gpu=False, said=said) is None
     assert choose_amp(monkeypatch, ["float16"], AMP_DTYPE="bfloat16", said=said) is None
