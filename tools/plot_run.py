@@ -23,7 +23,7 @@ from utils import new_file
 # Readable on white, and apart from each other for the colour-blind.
 _COLOURS = ("#0b62a4", "#d0582b", "#2b8a57", "#8a4fa0", "#b8860b", "#52636e", "#c2387a", "#12919c")
 _INK, _FAINT = "#2d333b", "#d8dde3"
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",  # matplotlib brings it
     "text.color": _INK,
@@ -72,19 +72,19 @@ def work(args):
     plt = import_pyplot()
     runs = [read_run(path) for path in args.runs]
     names = args.names or run_names(args.runs)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         save(draw(plt, runs, names, args.x), args.output)
     for run, name in zip(runs, names):
         print(f"{name}: {describe(run)}")
     print(f"curves in {args.output}")
 
 
-def check_output(path):
-    """Refuses a picture's path, in a sentence, before any work."""
-    if os.path.splitext(path)[1].lower() not in (".png", ".svg"):
-        raise ConfigError(f"{path}: -output must end in .png or .svg")
+def check_output(path, flag="-output", suffixes=(".png", ".svg")):
+    """Refuses a file's path, in a sentence, before any work; without suffixes any is right."""
+    if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
+        raise ConfigError(f"{path}: {flag} must end in {' or '.join(suffixes)}")
     if os.path.isdir(path):
-        raise ConfigError(f"{path}: this is a folder: give -output a file")
+        raise ConfigError(f"{path}: this is a folder: give {flag} a file")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise ConfigError(f"{path}: there is no folder {folder}: make it first")

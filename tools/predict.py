@@ -412,19 +412,31 @@ def predict(model, config, paths, classes, k, tally):
             # By the logits, as accuracy counts: probabilities may be equal where they are not.
             order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
             predictions = []
+            require_finite(logits, names)
             for row, path in enumerate(names):
-                if not np.isfinite(logits[row]).all():
-                    raise common.Failed(
-                        f"{show_path(path)}: the model's outputs for it are not finite numbers: "
-                        "the weights are spoilt"
-                    )
                 choices = [
                     Choice(i, *classes[i], probabilities[row, i]) for i in order[row].tolist()
                 ]
-                with contextlib.suppress(UnicodeDecodeError):  # not what another locale makes of it
-                    path = os.fsencode(path).decode()
-                predictions.append(Prediction(path, pixels[row], choices))
+                predictions.append(Prediction(utf8(path), pixels[row], choices))
             yield count, predictions
+
+
+def require_finite(logits, paths):
+    """Raises common.Failed, with the path of an image, where a row has infinities or NaN."""
+    import numpy as np
+
+    for row in np.flatnonzero(~np.isfinite(logits).all(axis=1))[:1]:
+        raise common.Failed(
+            f"{show_path(paths[row])}: the model's outputs for it are not finite numbers: the "
+            "weights are spoilt"
+        )
+
+
+def utf8(path):
+    """A path's bytes as UTF-8, where they are that: not what another locale makes of them."""
+    with contextlib.suppress(UnicodeDecodeError):
+        path = os.fsencode(path).decode()
+    return path
 
 
 def write_table(file, predictions, first):

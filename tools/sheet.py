@@ -1,4 +1,4 @@
-"""A picture of images with their classes and files below them, for predict.py's -plot."""
+"""A picture of images with their classes and files below them, for the tools' -plot."""
 
 import io
 import math
@@ -23,20 +23,22 @@ class Sheet:
     Args:
         path: the new file.
         font: a font's file, or None for Pillow's own, which has Latin letters.
+        replace: whether a file that is there already may go.
 
     Raises:
         ConfigError: there is a file already, its suffix is of no known format, the font is none.
     """
 
-    def __init__(self, path, font):
-        from PIL import ImageFont
+    def __init__(self, path, font, replace=False):
+        from PIL import Image, ImageDraw, ImageFont
 
         self.path, self.predictions, self.left_out, self.missing = path, [], 0, set()
         self._known = {}  # characters, to whether the font has them
+        self._ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
         self.format = _PLOT_FORMATS.get(os.path.splitext(path)[1].lower())
         if not self.format:
             raise ConfigError(f"{path}: -plot takes a name that ends in {', '.join(_PLOT_FORMATS)}")
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not replace:
             raise ConfigError(f"{path}: is there already: give -plot another name, or remove it")
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise ConfigError(f"{path}: there is no such folder to write to")
@@ -61,8 +63,12 @@ class Sheet:
                 f"{self.path}: shows the first {PLOT_IMAGES} images; {self.left_out:,} more are "
                 "left out"
             )
+        self.write(self.draw(), tally)
+
+    def write(self, picture, tally):
+        """Writes a PIL image, and says what the font lacks.  Raises OSError with the path."""
         data = io.BytesIO()
-        self.draw().save(data, self.format)
+        picture.save(data, self.format)
         if self.missing:
             some = " ".join(sorted(self.missing)[:10])
             tally.say(
@@ -72,12 +78,12 @@ class Sheet:
         with new_file(self.path) as temporary, open(temporary, "wb") as file:
             file.write(data.getvalue())
 
-    def draw(self):
-        """The picture, a PIL image."""
+    def draw(self, columns=None):
+        """The picture, a PIL image; `columns` is how many images are beside each other."""
         from PIL import Image, ImageDraw
 
         lines = min(_PLOT_LINES, len(self.predictions[0].choices))
-        columns = min(_PLOT_COLUMNS, math.ceil(math.sqrt(len(self.predictions))))
+        columns = columns or min(_PLOT_COLUMNS, math.ceil(math.sqrt(len(self.predictions))))
         rows = math.ceil(len(self.predictions) / columns)
         line_height = math.ceil(1.3 * _FONT_SIZE)
         width, height = _SIDE + _GAP, _SIDE + (lines + 1) * line_height + 2 * _GAP
@@ -90,19 +96,19 @@ class Sheet:
             sheet.paste(Image.fromarray(pixels).resize((_SIDE, _SIDE), method), (x, y))
             y += _SIDE + _GAP // 2
             for line, choice in enumerate(choices[:lines]):
-                text = self._fit(draw, f"{100 * choice.probability:.1f}%  {choice.name}")
+                text = self.fit(f"{100 * choice.probability:.1f}%  {choice.name}")
                 color = "gray" if line else "black"
                 draw.text((x, y + line * line_height), text, color, self.font)
-            text = self._fit(draw, path, from_end=True)
+            text = self.fit(path, from_end=True)
             draw.text((x, y + lines * line_height), text, _PATH_COLOR, self.font)
         return sheet
 
-    def _fit(self, draw, text, from_end=False):
-        """A text, its start or its end, that is at most as wide as an image."""
+    def fit(self, text, from_end=False, width=_SIDE):
+        """A text, its start or its end, that is at most `width` pixels wide; "?" is what lacks."""
         self.missing.update(c for c in text if c.isprintable() and not self._has(c))
         text = "".join(c if c.isprintable() and self._has(c) else "?" for c in text)
         short = text
-        while draw.textlength(short, self.font) > _SIDE:
+        while self._ruler.textlength(short, self.font) > width:
             text = text[1:] if from_end else text[:-1]
             short = "..." + text if from_end else text + "..."
         return short
