@@ -67,8 +67,8 @@ def work(args):
     common.import_paddle()
     from weights.checkpoint import check_weights, load_weights
 
-    weights = load_weights(args.pretrained)
-    check_weights(_build(config, own), weights, args.pretrained)
+    weights = load_weights(config.MODEL.PRETRAINED)
+    check_weights(_build(config, own), weights, config.MODEL.PRETRAINED)
     own_accuracy = accuracy(config, own, weights, str(own))
     print(f"{'pixels':>8}{'tokens':>9}" + "".join(f"{name:>18}" for name in _METHODS))
     for size in dict.fromkeys(sizes):
