@@ -206,7 +206,7 @@ def _describe_failure(failed, code, ranks, reports):
     if message is None and code == -signal.SIGALRM:
         message = (
             "no rank got any further for HANG_MINUTES: one hangs, or is gone, and the others wait "
-            "for it; where each of them was, the end of its log says"
+            "for it; where each was, the end of its log says, or the lines above"
         )
     if message:
         print(message, file=sys.stderr, flush=True)

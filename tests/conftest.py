@@ -62,6 +62,8 @@ def trained(few_digits, tmp_path_factory):
 def device(request):
     """A devices.Device, on which this process computes; without a GPU that one is skipped."""
     if request.param == "cpu":
+        if devices.GPUS:
+            pytest.skip("the GPU is asked instead")
         yield devices.CPU
     elif devices.why_no_gpu():
         pytest.skip(devices.why_no_gpu())

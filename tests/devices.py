@@ -61,7 +61,5 @@ def show_gpus():
     try:
         yield
     finally:
-        # Paddle reads the variable whenever it counts GPUs (GetGPUDeviceCountImpl in
-        # phi/backends/gpu/cuda/cuda_info.cc): what is freed later would be on a GPU that is none.
-        gc.collect()
+        gc.collect()  # what a test leaves on the GPU, for the next one
         hide_gpus()

@@ -74,6 +74,16 @@ def children_of(parent):
     return sorted(pid for pid in process_ids() if parent_of(pid) == parent)
 
 
+@contextlib.contextmanager
+def ended(process):
+    """Gives a process that leads a session; where the test fails, nothing of it goes on."""
+    try:
+        yield process
+    except BaseException:
+        kill_all(process)
+        raise
+
+
 def kill_all(process):
     """SIGKILL to the launcher, all ranks and all loader workers, of a session of their own."""
     pids = processes_of(process.pid)

@@ -556,7 +556,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_on_the_device_when_the_loop_gets_them(folder, workers, monkeypatch):
+def test_paddles_reader_thread_copies_batches_to_the_device(folder, workers, monkeypatch):
     monkeypatch.setattr(loader, "_unpack", lambda batches: batches)
     batches = build_loader(dataset_of(folder), EvalSampler(11, 8, 0, 1), workers, SIZE)
     # Pinned memory is the host's; without it the reader thread copies, two batches ahead.

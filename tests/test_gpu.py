@@ -25,7 +25,7 @@ from crossings import count_crossings
 from golden import build, config_of, draw_images, load
 from paddle.nn import functional as F
 from PIL import Image
-from processes import children_of, kill_all, session_exists, wait_for
+from processes import children_of, ended, kill_all, session_exists, wait_for
 from program import SMALL, folder_of, log_of, metrics, run_program, run_tool, same, start_program
 
 from tools import export
@@ -276,8 +276,8 @@ def test_a_batch_on_one_device_is_two_halves_on_two(device, accum_iter, data, tm
 
 
 def words_and_opts(device, dtype):
-    """A short run's flags and keys: five batches an epoch, on all GPUs."""
-    ranks = device.count if device.name == "gpu" else 1
+    """A short run's flags and keys: five batches an epoch, on two GPUs where there are two."""
+    ranks = min(2, device.count) if device.name == "gpu" else 1
     words = ["-nprocs", ranks, "-num_workers", 0, *([] if dtype == "float32" else ["-amp"])]
     opts = {**SMALL, "DATA.BATCH_SIZE": max(1, 8 // ranks), "TRAIN.NUM_EPOCHS": 8}
     return words, opts if dtype == "float32" else {**opts, "AMP_DTYPE": dtype}
@@ -319,9 +319,10 @@ def test_a_repeated_run_and_one_killed_and_resumed_have_the_same_bits(
         data, tmp_path, *words, opts={**opts, "SAVE_FREQ_STEPS": 1}, visible=device.visible,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    # In the middle of an epoch, one step after its last checkpoint.
-    wait_for(lambda: "epoch 2/8 batch 4/5" in log_of(tmp_path), process)
-    assert process.poll() is None, "the run was over before it could be killed"
+    with ended(process):
+        # In the middle of an epoch, one step after its last checkpoint.
+        wait_for(lambda: "epoch 2/8 batch 4/5" in log_of(tmp_path), process)
+        assert process.poll() is None, "the run was over before it could be killed"
     kill_all(process)
     repeated = _same_bits(expected / first, folder_of(tmp_path) / first)
     where = ("-data_path", data, "-output", tmp_path, "-resume", "auto")
@@ -424,10 +425,12 @@ def test_a_step_returns_while_the_device_still_works(device, note):
     def measure(batch_size):
         training, batch = make_training(None, batch_size, **sizes)
         seconds = []
-        for number in range(8):
+        for number in range(0, 16, 2):
             synchronize()
             start = time.perf_counter()
+            # The second begins while the device works: a copy that waits would show.
             training.train_batch(*batch, epoch=1, batch=number)
+            training.train_batch(*batch, epoch=1, batch=number + 1)
             returned = time.perf_counter() - start
             synchronize()
             seconds.append((returned, time.perf_counter() - start))
@@ -435,7 +438,7 @@ def test_a_step_returns_while_the_device_still_works(device, note):
 
     batch_size, (returned, done) = largest_that_fits(measure, (most, most // 2, most // 4))
     note("batch", batch_size)
-    note("ms until it returns", 1000 * returned)
+    note("ms until two steps return", 1000 * returned)
     note("ms until the device is done", 1000 * done)
     assert device.name == "cpu" or returned < 0.5 * done
 
@@ -450,10 +453,9 @@ def test_a_step_waits_for_no_copy_and_reads_one_flag_of_float16_alone(
         seen = count_crossings(patch)
         training.train_batch(*batch, epoch=1, batch=1)
     flags = int(device.name == "gpu" and dtype == "float16")
-    note("reads", seen["read"].count("__bool__") if flags else len(seen["read"]))
+    note("reads", ", ".join(seen["read"]) or "none")
     note("copies", len(seen["copied"]))
-    assert seen["copied"] == [] and seen["read"].count("__bool__") == flags
-    assert flags or seen["read"] == []
+    assert seen["copied"] == [] and seen["read"] == ["__bool__", "__array__", "numpy"] * flags
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -536,15 +538,16 @@ def test_what_ends_a_run_does_so_in_time_and_leaves_nothing_on_the_device(
         data, output, "-nprocs", ranks, "-num_workers", 1, opts=opts, visible=device.visible,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    if end != "a broken image":
-        wait_for(lambda: "batch 4/" in log_of(output), process)
-    start = time.monotonic()
-    if end == "SIGTERM":
-        process.terminate()
-    elif end != "a broken image":
-        victim = children_of(process.pid)[-1]
-        os.kill(victim, signal.SIGSTOP if hangs else signal.SIGKILL)
-    out, _ = process.communicate(timeout=END_SECONDS)
+    with ended(process):
+        if end != "a broken image":
+            wait_for(lambda: "batch 4/" in log_of(output), process)
+        start = time.monotonic()
+        if end == "SIGTERM":
+            process.terminate()
+        elif end != "a broken image":
+            victim = children_of(process.pid)[-1]
+            os.kill(victim, signal.SIGSTOP if hangs else signal.SIGKILL)
+        out, _ = process.communicate(timeout=END_SECONDS)
     assert process.returncode == status and said in out, out
     nothing_left(process.pid, time.monotonic() - start)
 
@@ -555,7 +558,8 @@ def test_what_ends_a_run_does_so_in_time_and_leaves_nothing_on_the_device(
 def test_an_export_on_this_machine_gives_the_devices_probabilities_on_a_cpu(
     device, straight, few_digits, tmp_path, note
 ):
-    folder, output = straight(device, "bfloat16"), tmp_path / "exported"
+    dtype = "float32" if device.name == "gpu" else "bfloat16"  # runs that other tests have made
+    folder, output = straight(device, dtype), tmp_path / "exported"
     weights = folder / "best_weights.pdparams"
     result = run_tool(
         export, "-cfg", folder / "config.yaml", "-pretrained", weights, "-output", output,

@@ -150,6 +150,9 @@ def build_scaler(amp):
     return paddle.amp.GradScaler(enable=scales, init_loss_scaling=2.0**16)
 
 
+_NAME_IN_2_6 = "_cache_founf_inf"
+
+
 class Updater:
     """One optimizer step from accumulated gradients, and what has to move with it.
 
@@ -187,8 +190,8 @@ class Updater:
         """
         if not self.scaler.is_enable():
             return False
-        old_name = getattr(self.scaler, "_cache_founf_inf", False)  # Paddle 2.6
-        return bool(getattr(self.scaler, "_cache_found_inf", old_name))
+        name = "_cache_found_inf" if hasattr(self.scaler, "_cache_found_inf") else _NAME_IN_2_6
+        return bool(getattr(self.scaler, name))
 
     def move_to(self, step):
         """Sets the number of steps done, and with it the learning rate."""

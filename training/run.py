@@ -138,7 +138,8 @@ class Run:
         if dtype == "float16" and not (config.EVAL or old_numpy):
             raise ConfigError(
                 f"AMP_DTYPE float16 cannot run with NumPy {np.__version__}, where Paddle's loss "
-                "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16"
+                "scaling fails at the first overflow: pip install 'numpy<2.4', or take bfloat16 "
+                "where the GPU has it"
             )
         return amp_of(config, dtype)
 
