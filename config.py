@@ -164,6 +164,7 @@ KEYS = {
 }
 # fmt: on
 _PATHS = ("DATA.DATA_PATH", "DATA.REAL_LABELS", "MODEL.PRETRAINED", "MODEL.RESUME", "SAVE")
+_RUNS_OWN = ("MODEL.PRETRAINED", "MODEL.RESUME")  # what a run began with
 _ORDERED = ("TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.CUTMIX_MINMAX")  # [min, max]
 # Keys that are gone: YAML files that have them still load, with this sentence for any other value.
 _GONE = {
@@ -286,6 +287,7 @@ def weights_in(path):
     Raises:
         ConfigError: a folder has none.
     """
+    path = os.path.expanduser(path)
     if not os.path.isdir(path):
         return path
     weights = os.path.join(path, "best_weights.pdparams")
@@ -306,38 +308,40 @@ def run_file(weights, name):
     """
     if not weights:
         return None
+    weights = os.path.expanduser(weights)
     folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
     paths = [os.path.join(folder, each) for each in (name, "config.yaml")]
     return paths[0] if all(map(os.path.isfile, paths)) else None
 
 
 def require_model(args):
-    """Raises ConfigError where no argument says which model it is about.
-
-    Args:
-        args: as for update_config; a run's own config.yaml says it, but not how to train anew.
-    """
+    """Raises ConfigError where no argument, as for update_config, says which model it is about."""
     keys = (getattr(args, "opts", None) or [])[::2]
     if args.cfg or {"MODEL.MIXER.EMBED_DIM", "MODEL.MIXER.DEPTH"} <= set(keys):
         return
     if not _own_config(args):
-        raise ConfigError(f"which model? Give its file with -cfg: {', '.join(recipes())}")
+        path = args.pretrained
+        if path and not os.path.exists(os.path.expanduser(path)):
+            raise ConfigError(f"{show_path(path)} does not exist: check the path")
+        raise ConfigError(
+            f"which model? Give its file with -cfg: {', '.join(recipes())}; or a run's folder with "
+            "-pretrained, to evaluate and to predict"
+        )
 
 
 def _own_config(args):
-    """The config.yaml of the run whose weights are to be used; None for a training of its own."""
-    if getattr(args, "eval", True):
-        return run_file(getattr(args, "pretrained", None), "config.yaml")
-    return None
+    """The config.yaml of the run whose weights are to be used; None for a training."""
+    trains = hasattr(args, "eval") and not args.eval  # of the tools none trains
+    return None if trains else run_file(getattr(args, "pretrained", None), "config.yaml")
 
 
 def _take_model(config, run):
-    """Takes over what a run's configuration says of its model and of images, and nothing else."""
-    of_model = ("MODEL.", "DATA.IMAGE", "DATA.CROP_PCT", "DATA.DATASET")
-    keys = [key for key in KEYS if key.startswith(of_model) and key not in _PATHS]
-    if os.path.isdir(run.DATA.DATA_PATH):  # the run may have been on another machine
-        keys.append("DATA.DATA_PATH")
-    for key in keys:
+    """Takes over what a run's configuration says of its model and of images, and nothing else.
+
+    The data set's path too: where the run was on another machine, whoever reads it is told.
+    """
+    of_model = ("MODEL.", "DATA.IMAGE", "DATA.CROP_PCT", "DATA.DATASET", "DATA.DATA_PATH")
+    for key in (key for key in KEYS if key.startswith(of_model) and key not in _RUNS_OWN):
         _set(config, key, value_of(run, key), "config.yaml")
 
 

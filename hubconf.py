@@ -68,13 +68,13 @@ def _load(name, pretrained, num_classes, image_size):
     with _own_modules():
         config, gmlp, weights = map(importlib.import_module, ("config", "gmlp", "weights"))
     settings = config.get_config(os.path.join(_HERE, "configs", f"{name}.yaml"))
-    own = config.run_file(pretrained, "config.yaml")
+    own = config.run_file(pretrained, "config.yaml") if os.path.isdir(pretrained or "") else None
     if own:
         run = config.get_config(own)
-        settings.MODEL.NUM_CLASSES, settings.DATA.IMAGE_SIZE = (
-            run.MODEL.NUM_CLASSES,
-            run.DATA.IMAGE_SIZE,
-        )
+        if run.MODEL.MIXER != settings.MODEL.MIXER:
+            raise ValueError(f"{pretrained} is a run of {run.MODEL.NAME}, not of {name}")
+        settings.MODEL.NUM_CLASSES = run.MODEL.NUM_CLASSES
+        settings.DATA.IMAGE_SIZE = run.DATA.IMAGE_SIZE
     asked = types.SimpleNamespace(num_classes=num_classes, image_size=image_size)
     model = gmlp.build_gmlp(config.update_config(settings, asked))
     if pretrained:

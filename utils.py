@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import reprlib
 import resource
 import sys
@@ -89,6 +90,32 @@ def text_lines(path, limit):
                     line = file.readline(limit + 1)
             elif line := line.strip():
                 yield number, line
+
+
+def read_names(path):
+    """The lines of a file of names, such as classes.txt, without empty ones at the end.
+
+    Raises:
+        DataError: it cannot be read, is no UTF-8 text, or a line in it is empty.
+    """
+    try:
+        data = pathlib.Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: cannot read this file of names: {cause(error)}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = os.fsdecode(data)  # as make_lists.py writes the names of folders in another locale
+        what = wide_text(data) or (re.search("[\udc80-\udcff]", text) and "not UTF-8 text")
+        if what:
+            raise DataError(f"{path}: this file of names is {what}") from error
+    # Only "\n" ends a line: names of folders may hold any other character.
+    names = [line.strip() for line in text.split("\n")]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise DataError(f"{path}:{names.index('') + 1}: this line is empty; each names a class")
+    return names
 
 
 def cannot_be_written(path, error):

@@ -25,7 +25,7 @@ def test_after_a_hundred_steps_the_rest_is_said_once_and_then_in_every_row(clock
     clock(500.0)
     row, until = run.report(220)
     assert row == {"seconds_left": 1600}  # 400 s for 200 batches, 800 to go
-    assert until == time.strftime(", until %a %H:%M", time.localtime(time.time() + 1600))
+    assert until == time.strftime(", until %b %d %H:%M", time.localtime(time.time() + 1600))
     assert said == [f"at this pace the run takes 0 h 27 min more, until {_minute(1600)}"]
     clock(1300.0)
     assert run.report(1020)[0] == {"seconds_left": 0} and len(said) == 1

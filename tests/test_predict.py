@@ -17,12 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
 from tools import make_lists, predict, sheet
-from config import ConfigError, get_config
+from config import get_config
 from datasets import EvalSampler, build_dataset
 from ranks.loader import build_loader
 from training import evaluate
 from training.run import build_model
 from transforms import BatchTransform
+from utils import DataError
 from weights import pdparams
 from weights.checkpoint import assign_weights, load_weights
 
@@ -298,7 +299,7 @@ def test_names_that_are_not_utf_8_are_refused(tmp_path, encoding):
     text = "猫\n狗\n" if encoding in ("gbk", "utf-32") else "\ufeff猫\n狗\n"
     (tmp_path / "names.txt").write_bytes(text.encode(encoding))
     what = "not UTF-8 text" if encoding == "gbk" else f"{encoding[:6].upper()} text: save it as"
-    with pytest.raises(ConfigError, match=f"names.txt: this file of names is {what}"):
+    with pytest.raises(DataError, match=f"names.txt: this file of names is {what}"):
         predict.read_classes(tmp_path / "names.txt", 2)
 
 

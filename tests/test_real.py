@@ -86,6 +86,12 @@ def test_scores_are_those_of_a_direct_computation_for_any_batches_and_ranks(tmp_
     labelled.scores([])  # of a rank that has no image
 
 
+def test_a_line_of_many_labels_takes_no_more_memory_than_there_are_classes(tmp_path):
+    path = write(tmp_path / "real.json", [[3, 1] * 100_000, [2]])
+    labelled = RealLabels(path, Named([name_of(1), name_of(2)]), 10)
+    assert labelled._labels == [[1, 3], [2]]
+
+
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
     """(folder, lists) of a data set with real.json, weights and what is right, image by image.

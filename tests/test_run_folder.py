@@ -11,8 +11,9 @@ from program import CONFIG, ROOT, SMALL, metrics, run_preloaded, run_tool
 
 from tools import export, plot_gates, port_weights, predict
 from config import ConfigError, get_config, require_model, update_config, value_of
+from training import run as run_module
 from training.run import Run, build_model
-from weights import load_weights, pdparams
+from weights import WeightsError, load_weights, pdparams
 
 WORDS = ["zero", "un", "δύο", "three", "四", "five six", "シックス", "семь", "8", "nine"]
 
@@ -56,7 +57,8 @@ def test_the_models_and_the_images_keys_are_taken_and_no_others(small, tmp_path)
     defaults = get_config()
     assert (config.SAVE, config.MODEL.RESUME) == (defaults.SAVE, None)
     assert config.TRAIN == defaults.TRAIN
-    assert config.DATA.DATA_PATH == defaults.DATA.DATA_PATH  # the run's is not here
+    # The run's own is not here, which whoever reads it is told; never another data set's.
+    assert config.DATA.DATA_PATH == "/another machine"
 
 
 def test_the_data_set_of_a_run_is_taken_where_it_is_here(small, tmp_path):
@@ -122,17 +124,25 @@ def test_filters_and_ported_weights_are_the_runs_best(small, tmp_path):
     assert all(np.array_equal(weights[name], back[name]) for name in weights)
 
 
-@pytest.mark.parametrize("names, copied", [(WORDS, True), (WORDS[1:], False), ([], False)])
-def test_a_run_takes_the_names_of_its_data_set_where_there_are_as_many(names, copied, tmp_path):
+@pytest.mark.parametrize(
+    "names, said",
+    [(WORDS, None), (WORDS[1:], "has 9 names, and the model 10 classes: give -num_classes 9"),
+     (["", *WORDS], "classes.txt:1: this line is empty")],
+)  # fmt: skip
+def test_a_run_takes_the_names_of_its_data_set_where_there_are_as_many(names, said, tmp_path):
     data, folder = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     folder.mkdir()
     (data / "classes.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
     config = get_config()
     config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(data), len(WORDS)
-    Run._copy_class_names(SimpleNamespace(config=config, folder=str(folder)))
-    assert [path.name for path in folder.iterdir()] == ["classes.txt"] * copied
-    if copied:
+    run = SimpleNamespace(config=config, folder=str(folder), warnings=[])
+    Run._copy_class_names(run)
+    assert [path.name for path in folder.iterdir()] == ["classes.txt"] * (said is None)
+    if said:
+        (warning,) = run.warnings
+        assert said in warning
+    else:
         assert predict.read_classes(folder / "classes.txt", 10)[4].name == "四"
 
 
@@ -145,6 +155,47 @@ def test_a_hub_model_has_the_runs_classes_and_size(tmp_path):
     model = paddle.hub.load(str(ROOT), "gmlp_ti16_224", source="local", pretrained=str(tmp_path))
     assert (model.sizes.num_classes, model.sizes.image_size) == (7, 32)
     assert np.array_equal(model.norm.weight.numpy(), state["norm.weight"].numpy())
+
+
+def test_a_hub_model_of_another_run_is_refused_and_a_files_neighbours_do_not_count(small, tmp_path):
+    with pytest.raises(ValueError, match="is a run of gmlp_digits, not of gmlp_ti16_224"):
+        paddle.hub.load(str(ROOT), "gmlp_ti16_224", source="local", pretrained=str(small))
+    # A project's own files beside published weights.
+    (tmp_path / "config.yaml").write_text("learning_rate: 3")
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    weights = tmp_path / "weights.pdparams"
+    weights.write_bytes((small / "best_weights.pdparams").read_bytes())
+    result = run_tool(predict, "-cfg", small / "config.yaml", "-pretrained", weights, PHOTO)
+    assert "three" not in result.check().out
+    with pytest.raises(ValueError, match="not this model's weights"):  # its config.yaml is no run's
+        paddle.hub.load(str(ROOT), "gmlp_ti16_224", source="local", pretrained=str(weights))
+
+
+def test_a_path_that_is_not_there_is_named(small):
+    for path in (small.parent / "trian 1", "~/gone"):
+        result = run_tool(predict, "-pretrained", path, PHOTO)
+        assert result.status == 2 and f"{path} does not exist: check the path" in result.err
+
+
+def test_a_run_can_be_named_from_the_home_folder(small, monkeypatch):
+    monkeypatch.setenv("HOME", str(small.parent))
+    result = run_tool(predict, f"-pretrained=~/{small.name}", PHOTO).check()
+    assert "семь" in result.out or "8" in result.out
+
+
+def test_weights_that_are_replaced_while_ranks_read_them_are_read_again(small, monkeypatch):
+    run = SimpleNamespace(model=None, config=get_config())
+    loaded, digests = [], iter("aabbbb")  # the first reading's two, after a replacement; then b's
+    monkeypatch.setattr(run_module, "load_into", lambda model, path, **o: loaded.append(path) or [])
+    monkeypatch.setattr(run_module.pdparams, "sha256", lambda path: next(digests))
+    # Rank 0 has read the later file.
+    monkeypatch.setattr(run_module, "broadcast_object", lambda own: {"a": "b"}.get(own, own))
+    path = str(small / "best_weights.pdparams")
+    assert Run._load_same_file(run, path) == [] and len(loaded) == 2 and run.weights_digest == "b"
+    digests = iter("ab" * 10)
+    monkeypatch.setattr(run_module.pdparams, "sha256", lambda path: next(digests))
+    with pytest.raises(WeightsError, match="this file is replaced while it is read"):
+        Run._load_same_file(run, path)
 
 
 def test_a_run_is_evaluated_without_its_config(trained, tmp_path):

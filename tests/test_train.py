@@ -371,6 +371,14 @@ def test_an_average_that_cannot_follow_in_a_short_run_is_said_with_a_decay_that_
         assert plan_of(decay, epochs, average)[0] == []  # 93,750 steps are ImageNet's at 4,096
 
 
+@pytest.mark.parametrize("images, said", [(12, "take -batch_size 6"), (9, None), (16, None)])
+def test_images_that_an_epoch_leaves_out_are_told_with_a_batch_size_that_takes_them(images, said):
+    training = make_training(make_batches(1, 8))
+    training.run.train_data, training.batches = range(images), images // 8
+    sentences = [text for text in advice.about_plan(training) if "leaves out" in text]
+    assert [said in text for text in sentences] == [True] * bool(said)
+
+
 def test_an_average_that_is_worse_than_its_model_is_said_at_the_end():
     _, training = plan_of(0.9999, 30)
     training.scores = {"model": 100.0, "ema": 75.0}

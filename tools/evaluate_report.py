@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common, predict
-from config import get_config, require_model, run_file, update_config
+from config import get_config, require_model, update_config
 from ranks import host
 from tools.plot_run import check_output
 from tools.report_picture import Picture, worst_classes
@@ -81,8 +81,7 @@ def work(args):
     weights = config.MODEL.PRETRAINED
     model = predict.load_model(config, weights, tally.say)
     digest = pdparams.sha256(weights)  # now: a training that still runs may replace the file
-    names = args.names or run_file(args.pretrained, "classes.txt")
-    classes = predict.read_classes(names, config.MODEL.NUM_CLASSES)
+    classes = predict.classes_of(args, config)
     data = build_dataset(config, train=False)
     try:
         outcome = evaluate(model, data, config, tally)

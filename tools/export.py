@@ -32,9 +32,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common
-from config import ConfigError, get_config, require_model, run_file, update_config
+from config import ConfigError, get_config, require_model, update_config
 from ranks import host
-from tools.predict import find_paths, load_model, read_batches, read_classes
+from tools.predict import classes_of, find_paths, load_model, read_batches
 from utils import progress_bar, show_path, write_text
 from weights.pdparams import sha256
 
@@ -79,8 +79,7 @@ def work(args):
 
     live = load_model(config, config.MODEL.PRETRAINED, tally.say)
     # After the weights: another number of names may only mean a wrong -cfg.
-    names = args.names or run_file(args.pretrained, "classes.txt")
-    names = [each.name for each in read_classes(names, config.MODEL.NUM_CLASSES)]
+    names = [each.name for each in classes_of(args, config)]
     live.to(device=paddle.set_device("cpu"))  # as the engines: a GPU's TF32 is another function
     model = with_probabilities(live, config, args.preprocess)
     with common.new_folder(args.output) as folder:

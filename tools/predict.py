@@ -48,13 +48,12 @@ from utils import (
     SYSTEM,
     DataError,
     broken,
-    cause,
     find_images,
     is_image_name,
     is_system_folder,
     progress_bar,
+    read_names,
     show_path,
-    wide_text,
 )
 from weights import load_into
 
@@ -130,8 +129,7 @@ def work(args):
 
     model = load_model(config, config.MODEL.PRETRAINED, tally.say)
     # After the weights: another number of names may only mean a wrong -cfg.
-    names = args.names or run_file(args.pretrained, "classes.txt")
-    classes = read_classes(names, config.MODEL.NUM_CLASSES)
+    classes = classes_of(args, config)
     write = _WRITERS[args.format]
     bar = progress_bar(None, len(paths), unit="image")
     batches = predict(model, config, paths, classes, args.topk, tally)
@@ -152,6 +150,16 @@ def work(args):
     return 1 if tally.counts["problems"] else 0
 
 
+def classes_of(args, config):
+    """The classes that a tool's arguments name: of -names, else of the run, see read_classes.
+
+    Beside a mere file of weights, for which -cfg says the model, a classes.txt may be of anything.
+    """
+    is_run = not args.cfg or os.path.isdir(os.path.expanduser(args.pretrained))
+    own = run_file(args.pretrained, "classes.txt") if is_run else None
+    return read_classes(args.names or own, config.MODEL.NUM_CLASSES)
+
+
 def read_classes(path, count):
     """The classes of a model, by label.
 
@@ -167,41 +175,19 @@ def read_classes(path, count):
     """
     if path is None and count != 1000:
         return [Class(str(label)) for label in range(count)]
-    names = _read_names(path or _IMAGENET)
+    names = read_names(path or _IMAGENET)
     if len(names) != count:
         raise ConfigError(
             f"{path}: there are {len(names):,} names in it, and the model has {count:,} classes "
             "(-num_classes says how many)"
         )
-    known = dict(line.split(" ", 1) for line in _read_names(_IMAGENET))
+    known = dict(line.split(" ", 1) for line in read_names(_IMAGENET))
     classes = []
     for name in names:
         match = re.fullmatch(r"(n\d{8})(?:\s+(.+))?", name)
         synset, own_name = match.groups() if match else (None, name)
         classes.append(Class(own_name or known.get(synset, synset), synset))
     return classes
-
-
-def _read_names(path):
-    """The lines of a file of names, stripped, without empty ones at the end."""
-    try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"{path}: cannot read this file of names: {cause(error)}") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        text = os.fsdecode(data)  # as make_lists.py writes the names of folders in another locale
-        what = wide_text(data) or (re.search("[\udc80-\udcff]", text) and "not UTF-8 text")
-        if what:
-            raise ConfigError(f"{path}: this file of names is {what}") from error
-    # Only "\n" ends a line: names of folders may hold any other character.
-    names = [line.strip() for line in text.split("\n")]
-    while names and not names[-1]:
-        names.pop()
-    if "" in names:
-        raise ConfigError(f"{path}:{names.index('') + 1}: this line is empty; each names a class")
-    return names
 
 
 def find_paths(arguments, tally):

@@ -24,6 +24,14 @@ def about_plan(training):
             f"TRAIN.ACCUM_ITER is {train.ACCUM_ITER}, but an epoch has only {training.batches} "
             "batches: a step takes all of them"
         )
+    images, ranks = len(training.run.train_data), training.run.world_size
+    left_out = images - training.batches * training.config.DATA.BATCH_SIZE * ranks
+    if left_out > images / 5:
+        yield (
+            f"an epoch leaves out {left_out:,} of {images:,} images, others each time, as they do "
+            "not fill a batch on every rank: take -batch_size "
+            f"{images // ((training.batches + 1) * ranks)}, or one near it"
+        )
     if rate.warmup > rate.total:
         yield (
             f"warm-up is longer than the whole run of {rate.total} steps: the learning rate "

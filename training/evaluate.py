@@ -13,7 +13,6 @@ from ranks.collective import all_reduce_sum
 from training.inference import choose_model
 from transforms import BatchTransform
 from utils import progress_bar, replace_text, to_json
-from weights import pdparams
 
 
 class Scores:
@@ -132,9 +131,6 @@ def validate_run(run, model, title):
 
 def evaluate(run):
     """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
-    path = run.config.MODEL.PRETRAINED
-    # Before the evaluation: a training that still runs may replace the file meanwhile.
-    digest = pdparams.sha256(path) if run.rank == 0 else None
     model = choose_model(run)
     start = time.perf_counter()
     scores = validate_run(run, model, "eval")
@@ -143,8 +139,8 @@ def evaluate(run):
         **scores,
         "seconds": round(seconds, 3),
         "images_per_second": round(scores["images"] / seconds, 2),
-        "weights": path,
-        "weights_sha256": digest,
+        "weights": run.config.MODEL.PRETRAINED,
+        "weights_sha256": run.weights_digest,
     }
     run.log.info(describe(scores))
     run.metrics.write(kind="eval", **result)

@@ -52,4 +52,4 @@ class Pace:
             )
             self._say = None
         row["seconds_left"] = round(left)
-        return row, f", until {time.strftime('%a %H:%M', end)}"
+        return row, f", until {time.strftime('%b %d %H:%M', end)}"

@@ -105,6 +105,7 @@ def _read(path, num_classes):
                 f"{name}: entry {number:,} must be a list of labels, whole numbers, not "
                 f"{show(entry)}"
             )
+        entry[:] = sorted(set(entry))  # so that one line cannot fill the memory
         for label in entry:
             if not 0 <= label < num_classes:
                 raise DataError(f"{name}: entry {number:,}: {LabelError(label, num_classes)}")

@@ -3,11 +3,10 @@
 Model, data, start, folder, log: everything that can be refused is refused here.
 """
 
-import contextlib
 import functools
 import os
-import pathlib
 import platform
+import shutil
 import subprocess
 import time
 
@@ -18,7 +17,7 @@ import PIL
 from config import ConfigError, changed
 from datasets import build_dataset
 from gmlp import build_gmlp, can_recompute
-from ranks.collective import broadcast_object, init_distributed
+from ranks.collective import all_reduce_max, broadcast_object, init_distributed
 from ranks.host import choose_workers, keep_freed_memory, local_ranks, threads
 from ranks.loader import build_loader
 from ranks.report import report_folder
@@ -32,15 +31,15 @@ from utils import (
     cause,
     lock,
     new_file,
+    read_names,
     remove_temporary_files,
     replace_text,
     setup_logging,
     show,
+    show_path,
 )
-from weights import WeightsError, load_into
+from weights import WeightsError, load_into, pdparams
 from weights.checkpoint import NotThisModel
-
-_NAMES_LIMIT = 1 << 24  # bytes of a classes.txt; ImageNet's has 30 thousand
 
 
 class Run:
@@ -53,6 +52,7 @@ class Run:
         model, train_data, val_data: what their names say; train_data is None in an evaluation.
         real: the RealLabels of val_data where DATA.REAL_LABELS names them, else None.
         start: the resume.Start that the run goes on from.
+        weights_digest: the SHA-256 of the file of MODEL.PRETRAINED, where that was loaded.
         folder: where this run's files go.
         log, metrics: a logging.Logger, a MetricsFile.
         amp: the optim.Amp that was asked for and that the device can; None without.
@@ -166,11 +166,32 @@ class Run:
         if self.start.path:
             return
         if path:
-            self.warnings += load_into(self.model, path, allow_new_head=not config.EVAL)
+            self.warnings += self._load_same_file(path)
         elif config.TRAIN.FREEZE_BACKBONE:
             self.warnings.append(
                 "TRAIN.FREEZE_BACKBONE without -pretrained: the frozen backbone has random weights"
             )
+
+    def _load_same_file(self, path):
+        """Loads weights, the same on all ranks, from a file that a training may replace meanwhile.
+
+        Returns:
+            load_into's sentences.
+
+        Raises:
+            WeightsError: the file is never the same twice, or not on all hosts.
+        """
+        for _ in range(10):
+            before = pdparams.sha256(path) if os.path.isfile(path) else None  # load_into says so
+            said = load_into(self.model, path, allow_new_head=not self.config.EVAL)
+            self.weights_digest = broadcast_object(before)
+            is_other = not before == pdparams.sha256(path) == self.weights_digest
+            if not all_reduce_max(int(is_other)):
+                return said
+        raise WeightsError(
+            f"{show_path(path)}: this file is replaced while it is read, or is another one on each "
+            "host"
+        )
 
     def _make_folder(self):
         """The run's folder, which rank 0 names for all; a resumed run goes on in its own."""
@@ -206,18 +227,28 @@ class Run:
         settings = self.config.clone()
         settings.defrost()
         settings.MODEL.RESUME = None  # the file evaluates what comes of the run, and repeats it
+        settings.DATA.DATA_PATH = os.path.abspath(settings.DATA.DATA_PATH)  # from any folder
         replace_text(os.path.join(self.folder, "config.yaml"), settings.dump())
         self._copy_class_names()
 
     def _copy_class_names(self):
         """The data set's classes.txt, which from then on names the classes of this run's model."""
         path = os.path.join(self.config.DATA.DATA_PATH, "classes.txt")
-        with contextlib.suppress(OSError):  # most data sets have none
-            with open(path, "rb") as file:
-                names = file.read(_NAMES_LIMIT)
-            if names.strip().count(b"\n") + 1 == self.config.MODEL.NUM_CLASSES:
-                with new_file(os.path.join(self.folder, "classes.txt")) as temporary:
-                    pathlib.Path(temporary).write_bytes(names)
+        if not os.path.isfile(path):  # most data sets have none
+            return
+        try:
+            count, classes = len(read_names(path)), self.config.MODEL.NUM_CLASSES
+        except DataError as error:
+            self.warnings.append(f"the classes have no names: {error}")
+            return
+        if count == classes:
+            with new_file(os.path.join(self.folder, "classes.txt")) as temporary:
+                shutil.copyfile(path, temporary)
+        elif not self.config.EVAL:
+            self.warnings.append(
+                f"{show_path(path)} has {count:,} names, and the model {classes:,} classes: give "
+                f"-num_classes {count}"
+            )
 
     def _log_start(self):
         parameters = sum(int(param.size) for param in self.model.parameters())
