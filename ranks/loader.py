@@ -73,11 +73,11 @@ def _unpack(loader):
             yield images, labels
     finally:
         # Left to itself, an iterator that is not used up keeps its workers until this process ends.
-        if workers and not batches._shutdown:
+        if not batches._shutdown:
             batches._exit_thread_expectedly()
-            # It waits for a batch, up to 5 s: this is one that it passes over.
-            batches._data_queue.put((_ResumeIteration(), None, None))
-            reader.join(_END_SECONDS)
+            if workers:  # it waits for a batch, up to 5 s: this is one that it passes over
+                batches._data_queue.put((_ResumeIteration(), None, None))
+            reader.join(_END_SECONDS)  # Paddle would look once a second whether it has ended
         batches._try_shutdown_all(*([_END_SECONDS] if workers else []))
         _wait_for_end(reader)
         for worker in workers:  # workers ignore SIGTERM

@@ -688,6 +688,15 @@ def test_a_loader_that_has_ended_has_no_thread_that_still_ends(folder, workers, 
         assert str(reader.native_id) not in os.listdir("/proc/self/task")
 
 
+def test_a_loader_without_workers_ends_without_paddles_seconds_of_waiting(folder, monkeypatch):
+    waits, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(seconds) or sleep(seconds))
+    batches = build_loader(dataset_of(folder), EvalSampler(11, 1, 0, 1), 0, SIZE)
+    next(batches)
+    batches.close()
+    assert max(waits, default=0) < 1
+
+
 def test_too_little_shared_memory_is_said_before_a_worker_dies(tmp_path):
     message = refusal(require_shared_memory, 1 << 60, str(tmp_path))
     assert str(tmp_path) in message and "1099511627777 MB" in message
