@@ -3,7 +3,8 @@
     sh run_tests.sh tests/test_gpu.py
 
 It prints a block to paste into a report (gpu_report.py).  All of it runs on a CPU too, as far as a
-CPU can: mixed precision is float32 there.  This process computes float32 without TF32 (devices.py).
+CPU can (mixed precision is float32 there), and then the block answers nothing.  This process
+computes float32 without TF32 (devices.py).
 """
 
 import contextlib

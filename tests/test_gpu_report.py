@@ -51,10 +51,20 @@ def test_each_claim_has_yes_no_or_why_it_was_not_asked_and_its_numbers():
         "yes: d has types",
         "    bfloat16: not asked, as this GPU has no bfloat16",
     ]
-    on_cpu = list(gpu_report.describe_claims(RESULTS, "cpu"))
-    assert [line for line in on_cpu if line[0] != " "] == [
-        "yes: a gpu works", "yes: b is so", "yes: c needs two",
-    ]  # fmt: skip
+
+
+def test_on_a_cpu_no_claim_is_said_to_be_answered_and_no_number_stands_there():
+    failed = report("test_e_fails[cpu]", 50, "failed", "AssertionError: it is off", gap=3)
+    skipped = report("test_f_is_left_out[cpu]", 60, "skipped", "this Paddle has none")
+    assert list(gpu_report.describe_claims([*RESULTS, failed, skipped], "cpu")) == [
+        "not asked (its logic on the CPU: yes): a gpu works",
+        "not asked (its logic on the CPU: yes): b is so",
+        "not asked (its logic on the CPU: yes): c needs two",
+        "not asked (its logic on the CPU: no): e fails",
+        "    AssertionError: it is off",
+        "not asked (its logic on the CPU: not asked): f is left out",
+        "    not asked, as this Paddle has none",
+    ]
 
 
 def printed(results, *args):
@@ -76,6 +86,7 @@ def test_the_block_comes_where_the_check_is_asked_for_and_not_in_a_whole_suite_o
     assert printed([*on_cpu, skipped], "tests") == printed([], "tests/test_gpu.py") == ""
     block = printed([*on_cpu, skipped], "/x/tests/test_gpu.py::test_a").strip().split("\n")
     assert block[0] == block[-1] == 80 * "-" and block[1] == "asked of a cpu"
+    assert block[2] == "not asked (its logic on the CPU: yes): a gpu works"
     assert "asked of a gpu\nyes: a gpu works" in printed(RESULTS, "tests")
 
 
@@ -83,8 +94,9 @@ def test_the_machine_is_described_without_a_gpu_too(monkeypatch):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     monkeypatch.setattr(gpu_report, "git_revision", lambda: "abc")
     text = "\n".join(gpu_report.describe_machine("cpu"))
+    assert "of no GPU: this block need not be sent" in text.split("\n")[0]
     parts = ["revision abc", f"paddle {paddle.__version__}", "CUDA ", "cuDNN ", "NCCL ", "python "]
-    parts += ["no GPU: ", "NCCL_SOCKET_IFNAME=eth7", "NVIDIA_TF32_OVERRIDE=0 (unset in programs)"]
+    parts += ["asked of a GPU: ", "NCCL_SOCKET_IFNAME=eth7", "NVIDIA_TF32_OVERRIDE=0 (unset in programs)"]
     for part in [*parts, "FLAGS_cudnn_deterministic "]:
         assert part in text
 
@@ -96,7 +108,8 @@ def test_a_gpu_that_does_not_answer_costs_one_line_of_the_block(monkeypatch):
     monkeypatch.setattr(devices, "show_gpus", contextlib.nullcontext)
     monkeypatch.setattr(devices, "GPUS", 2)
     monkeypatch.setattr(paddle.device.cuda, "get_device_properties", fail)
-    assert list(gpu_report.describe_machine("gpu"))[1] == "2 GPU(s): no answer"
+    header, gpus, *_ = gpu_report.describe_machine("gpu")
+    assert gpus == "2 GPU(s): no answer" and "on a GPU; revision" in header
     card = SimpleNamespace(name="NVIDIA H100", total_memory=85e9)
     monkeypatch.setattr(paddle.device.cuda, "get_device_properties", lambda: card)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
