@@ -320,12 +320,14 @@ def test_a_sheet_shows_the_images_above_their_classes(predicted, folder, tmp_pat
     monkeypatch.setattr(sheet, "PLOT_IMAGES", 3)
     names, picture = tmp_path / "names.txt", tmp_path / "sheet.png"
     names.write_text("".join(f"{word} \u65e5\x07 {'x' * 300}\n" for word in WORDS))
-    for default in (None, ImageFont.load_default_imagefont):  # Pillow's before 10.1
-        if default:
-            monkeypatch.setattr(sheet, "_default_font", lambda fonts, default=default: default())
+    bitmap = ImageFont.load_default_imagefont  # Pillow's before 10.1
+    for own in (sheet._pillows_own, lambda fonts: bitmap()):
+        monkeypatch.setattr(sheet, "find_dejavu", lambda: None)
+        monkeypatch.setattr(sheet, "_pillows_own", own)
         result = predicted("-names", names, "-plot", picture, folder).check()
         assert f"{picture}: shows the first 3 images; 2 more are left out" in result.err
         assert f"{picture}: its font has no '\u65e5': give one that has by -font FILE" in result.err
+        assert "or install matplotlib" in result.err
         with Image.open(picture) as image:
             found = np.asarray(image.convert("L"))
         side, gap = sheet._SIDE, sheet._GAP
@@ -343,6 +345,20 @@ def test_a_sheet_shows_the_images_above_their_classes(predicted, folder, tmp_pat
         predicted("-plot", picture, folder).refused(2, f"{picture}: is there already")
         picture.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my digits", "names.txt"]
+
+
+def test_a_sheet_has_the_letters_of_dejavu_and_names_some_of_those_that_it_lacks(
+    predicted, folder, tmp_path
+):
+    pytest.importorskip("matplotlib")
+    names, picture = tmp_path / "names.txt", tmp_path / "a.png"
+    names.write_text("Übung шёл λύω\n" * 10, encoding="utf-8")
+    args = "-names", names, "-plot", picture, folder / "0"
+    assert predicted(*args).check().err == ""
+    picture.unlink()
+    names.write_text("一二三四五六七八九十百千\n" * 10, encoding="utf-8")
+    said = predicted(*args).check().err
+    assert " and 2 more characters: give one that has by -font FILE, a .ttf or .otf\n" in said
 
 
 def test_below_an_image_stands_the_end_of_its_path(predicted, folder, tmp_path, monkeypatch):

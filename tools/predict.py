@@ -82,7 +82,7 @@ def build_parser():
     add(
         "-font",
         metavar="FILE",
-        help=".ttf or .otf for -plot, for names in other than Latin letters",
+        help=".ttf or .otf for -plot, for names that DejaVu Sans lacks",
     )
     add("-num_classes", metavar="N", type=int, help="classes of the model (default: as -cfg says)")
     add("-image_size", metavar="N", type=int, help="pixels (default: as -cfg says)")

@@ -1,7 +1,5 @@
 """The picture of a report: charts, and a sheet of mistakes, for evaluate_report.py's -plot."""
 
-import os
-
 from tools.plot_run import STYLE, check_output, import_pyplot
 from tools.predict import Choice, Prediction
 from tools.sheet import Sheet
@@ -18,7 +16,7 @@ class Picture:
 
     Args:
         path: the file, which is replaced where it exists.
-        font: a font's file for names, or None for DejaVu Sans, which matplotlib brings.
+        font: a font's file for names, or None for DejaVu Sans.
 
     Raises:
         ConfigError: there is no matplotlib, no such folder or format, or the font is none.
@@ -27,11 +25,9 @@ class Picture:
     def __init__(self, path, font):
         check_output(path, "-plot", (".png", ".jpg"))
         self._plt = import_pyplot()
-        import matplotlib
         from matplotlib import font_manager
 
-        own = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-        self._sheet = Sheet(path, font or own, replace=True)
+        self._sheet = Sheet(path, font, replace=True)
         self._style = dict(STYLE)
         if font:
             font_manager.fontManager.addfont(font)

@@ -22,7 +22,8 @@ class Sheet:
 
     Args:
         path: the new file.
-        font: a font's file, or None for Pillow's own, which has Latin letters.
+        font: a font's file, or None for DejaVu Sans, which matplotlib brings; without matplotlib it
+            is Pillow's own, which has ASCII.
         replace: whether a file that is there already may go.
 
     Raises:
@@ -42,8 +43,10 @@ class Sheet:
             raise ConfigError(f"{path}: is there already: give -plot another name, or remove it")
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise ConfigError(f"{path}: there is no such folder to write to")
+        font = font or find_dejavu()
+        self._or = "" if font else ", or install matplotlib, which brings DejaVu Sans"
         try:
-            self.font = ImageFont.truetype(font, _FONT_SIZE) if font else _default_font(ImageFont)
+            self.font = ImageFont.truetype(font, _FONT_SIZE) if font else _pillows_own(ImageFont)
         except OSError as error:
             raise ConfigError(f"{font}: -font cannot be read as a font: {error}") from error
 
@@ -70,10 +73,11 @@ class Sheet:
         data = io.BytesIO()
         picture.save(data, self.format)
         if self.missing:
-            some = " ".join(sorted(self.missing)[:10])
+            some, rest = " ".join(sorted(self.missing)[:10]), len(self.missing) - 10
+            more = f" and {rest:,} more characters" if rest > 0 else ""
             tally.say(
-                f"{self.path}: its font has no {show(some)}: give one that has by -font FILE, a "
-                ".ttf or .otf"
+                f"{self.path}: its font has no {show(some)}{more}: give one that has by -font "
+                f"FILE, a .ttf or .otf{self._or}"
             )
         with new_file(self.path) as temporary, open(temporary, "wb") as file:
             file.write(data.getvalue())
@@ -125,7 +129,16 @@ class Sheet:
         return self._known[character]
 
 
-def _default_font(fonts):
+def find_dejavu():
+    """The file of DejaVu Sans (Latin, Greek, Cyrillic, ...), or None where matplotlib is not."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def _pillows_own(fonts):
     try:
         return fonts.load_default(_FONT_SIZE)
     except TypeError:  # Pillow before 10.1: one of a fixed size
