@@ -425,7 +425,7 @@ def test_members_with_hostile_names_or_kinds_are_never_followed(
         result.refused(2, f"{archives / where}: {here!r} is nothing that ImageNet's has: download")
         assert not list(root.glob("*.txt")) and not list(root.rglob("*evil*"))
         assert set(tmp_path.rglob("*")) - set(root.rglob("*")) - {root} == before - {root}
-        shutil.rmtree(root)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def test_what_the_development_kit_does_not_know_is_refused(archives, root):
@@ -476,10 +476,42 @@ def test_numbers_of_classes_and_images_are_checked(archives, root, monkeypatch):
 
 def test_folders_that_are_not_there_are_a_sentence(tmp_path, root):
     result = prepare(tmp_path / "gone", root)
-    result.refused(
-        2, f"{tmp_path}/gone: there is neither {DEVKIT} nor Kaggle's ILSVRC/Data/CLS-LOC"
-    )
+    missing = f"neither {DEVKIT} nor {TRAIN} nor {VAL} nor Kaggle's ILSVRC/Data/CLS-LOC"
+    result.refused(2, f"{tmp_path}/gone: there is {missing}: image-net.org has")
     assert not root.exists()
+
+
+def test_help_names_the_archives():
+    text = run_tool(prepare_imagenet, "-h").check().out
+    assert all(name in text for name in (DEVKIT, VAL, TRAIN))
+
+
+def test_a_run_that_did_nothing_leaves_nothing_that_was_not_there(archives, tmp_path):
+    kit = archives / DEVKIT
+    content = kit.read_bytes()
+    for folder in (tmp_path / "new" / "er", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        kit.write_bytes(content[:-99])
+        prepare(archives, folder).refused(2, f"{kit}: its MD5 is ", ": download it again\n")
+        prepare(archives, folder, "-no_check").refused(2, f"{kit}: ")
+        assert not (tmp_path / "new").exists() and not list((tmp_path / "there").iterdir())
+        kit.write_bytes(content)
+        prepare(archives, folder).check()
+        (archives / VAL).rename(archives / "aside")
+        before = tree(folder)
+        assert prepare_imagenet._STATE in before
+        prepare(archives, folder).refused(2, f"there is neither {VAL} nor")
+        assert tree(folder) == before
+        (archives / "aside").rename(archives / VAL)
+        shutil.rmtree(folder.parent if folder.name == "er" else folder)
+
+
+@pytest.mark.parametrize("name", [VAL, TRAIN])
+def test_an_archive_of_zeros_holds_no_images(archives, root, name):
+    (archives / name).write_bytes(bytes(10240))
+    result = prepare(archives, root, "-no_check")
+    result.refused(2, f"{archives / name}: holds no images: download it again\n")
+    assert not list(root.glob("*.txt"))
 
 
 # --- Kaggle's files ---

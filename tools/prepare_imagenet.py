@@ -64,7 +64,8 @@ _PARTS = f"{_AGAIN}, or take a part of it with -no_check"
 def build_parser():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("-archives", metavar="DIR", required=True, help="folder of what was downloaded")
+    names = ", ".join(name for name, _, _ in ARCHIVES.values())
+    add("-archives", metavar="DIR", required=True, help=f"folder of {names}, or of Kaggle's files")
     add("-data_path", metavar="DIR", required=True, help="the data set's folder, to be made")
     add("-val_only", action="store_true", help="the validation images alone, to evaluate on")
     add("-no_check", action="store_true", help="no checksums and counts: for parts of ImageNet")
@@ -108,21 +109,39 @@ def wrong(path, what, cure=_AGAIN):
 def find_archives(folder, keys):
     """The paths of archives by their keys; raises UserError where one is missing."""
     paths = {key: os.path.join(folder, ARCHIVES[key][0]) for key in keys}
-    for path in paths.values():
-        if not os.path.isfile(path):
-            what = f"there is neither {os.path.basename(path)} nor Kaggle's {_KAGGLES}"
-            raise wrong(folder, what, "image-net.org has the archives for those who register")
+    missing = [ARCHIVES[key][0] for key, path in paths.items() if not os.path.isfile(path)]
+    if missing:
+        what = f"there is neither {' nor '.join(missing)} nor Kaggle's {_KAGGLES}"
+        raise wrong(folder, what, "image-net.org has the archives for those who register")
     return paths
 
 
+@contextlib.contextmanager
 def claim(root):
-    """Makes the data folder, or takes it up again.  Returns a file that locks it while open."""
+    """Makes the data folder, or takes it up again, for itself alone.
+
+    A folder goes again that was made for a run that failed before it did anything.
+    """
+    state, new = os.path.join(root, _STATE), not os.path.lexists(os.path.join(root, _STATE))
+    made = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
     os.makedirs(root, exist_ok=True)
-    state = os.path.join(root, _STATE)
     for name in ("train", "val", *make_lists.FILES):
         if os.path.lexists(os.path.join(root, name)) and not os.path.exists(state):
             cure = "give -data_path a new folder; for class folders tools/make_lists.py is enough"
             raise wrong(os.path.join(root, name), "is there already, from another program", cure)
+    with _lock(root, state):
+        try:
+            yield
+        except BaseException:
+            if new and os.listdir(root) == [_STATE] and not os.path.getsize(state):
+                os.remove(state)
+                with contextlib.suppress(OSError):  # something else has come into one
+                    for folder in made:
+                        folder.rmdir()
+            raise
+
+
+def _lock(root, state):
     try:
         return lock(state)
     except BlockingIOError:
@@ -141,15 +160,16 @@ def verify(root, key, path):
         verified = json.load(file)
     if verified.get(name) == found:
         return
+    cure = _AGAIN if key == "devkit" else _PARTS
     if size not in (None, status.st_size):
-        raise wrong(path, f"has {status.st_size:,} bytes, ImageNet's has {size:,}", _PARTS)
+        raise wrong(path, f"has {status.st_size:,} bytes, ImageNet's has {size:,}", cure)
     digest = hashlib.md5(usedforsecurity=False)
     with reading(path), open(path, "rb") as file:
         blocks = iter(lambda: file.read(1 << 20), b"")
         for block in progress_bar(blocks, -(-status.st_size >> 20), f"MD5 of {name}", unit="MB"):
             digest.update(block)
     if digest.hexdigest() != md5:
-        raise wrong(path, f"its MD5 is {digest.hexdigest()}, that of ImageNet's is {md5}", _PARTS)
+        raise wrong(path, f"its MD5 is {digest.hexdigest()}, that of ImageNet's is {md5}", cure)
     write_text(state, json.dumps({**verified, name: found}))
 
 
@@ -239,6 +259,7 @@ def extract_val(path, root, synsets):
             if name not in synsets:
                 raise wrong(path, f"the development kit has no class for {name}")
             folders.put(synsets[name], name, tar, member)
+    folders.require_any(path)
 
 
 def extract_train(path, root, classes):
@@ -253,6 +274,7 @@ def extract_train(path, root, classes):
             with reading(inside), tarfile.open(fileobj=outer.extractfile(place), mode="r:") as tar:
                 for name, member in files_in(tar, inside, _TRAIN_IMAGE, sized=True):
                     folders.put(synset, name, tar, member)
+    folders.require_any(path)
 
 
 def files_in(tar, where, pattern, sized=False):
@@ -282,6 +304,11 @@ class Folders:
         self._root, self._ready = root, set()
         if os.path.islink(root):
             raise wrong(root, "is a link, which Kaggle's files have", "remove it")
+
+    def require_any(self, archive):
+        """Raises UserError where an archive had nothing to put here."""
+        if not self._ready:
+            raise wrong(archive, "holds no images")
 
     def put(self, synset, name, tar, member):
         """Writes a member of a TarFile as an image of a class, unless it is there in its size."""
