@@ -254,6 +254,28 @@ def test_a_thousand_classes_and_names_that_the_font_lacks(texts, tmp_path, capsy
     assert texts[0].endswith("?...") and (tmp_path / "a.jpg").stat().st_size > 0
 
 
+@pytest.mark.parametrize("num_classes", [3, 10, 1000])
+@pytest.mark.parametrize("name", ["8", "W" * 50])
+def test_the_charts_titles_are_whole_and_apart(num_classes, name, tmp_path, monkeypatch):
+    text = pytest.importorskip("matplotlib.text")
+    outcome, data, classes = imagenets(num_classes)
+    report = evaluate_report.summarize(outcome, data, [Class(name) for _ in classes])
+    figures, picture = [], report_picture.Picture(str(tmp_path / "a.png"), None)
+    monkeypatch.setattr(picture._plt, "close", figures.append)
+    picture.save(report, [], common.Tally())
+    monkeypatch.undo()
+    (figure,) = figures
+    picture._plt.close(figure)
+    texts = [t for t in figure.findobj(text.Text) if t.get_visible() and t.get_text()]
+    boxes = {each: each.get_window_extent() for each in texts}
+    titles = [each for each in texts if each.get_fontsize() >= 11]
+    assert {title.get_text().split(" ")[0] for title in titles} >= {"Most", "Accuracy", "The"}
+    assert len(titles) == 5 and len(texts) > 30
+    for each, box in boxes.items():
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, each
+        assert not any(box.overlaps(boxes[title]) for title in titles if title is not each), each
+
+
 def test_a_font_of_ones_own_is_that_of_the_charts_too(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSerif.ttf"

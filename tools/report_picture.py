@@ -66,18 +66,15 @@ class Picture:
         import numpy as np
         from PIL import Image
 
-        figure, axes = self._plt.subplot_mosaic(
-            [["classes", "pairs", "bins"], ["classes", "pairs", "shares"]],
-            figsize=_SIZE, dpi=_DPI, layout="constrained",
-            gridspec_kw={"height_ratios": [3, 1]},
-        )  # fmt: skip
+        figure = self._plt.figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+        classes, pairs, bins = figure.subfigures(1, 3)
         figure.suptitle(
             f"Acc@1 {report['acc1']:.2f}, Acc@5 {report['acc5']:.2f} on {report['images']:,} "
             f"images; expected calibration error {report['calibration']['ece']:.4f}"
         )
-        self._draw_classes(axes["classes"], report)
-        self._draw_pairs(axes["pairs"], report)
-        _draw_reliability(axes["bins"], axes["shares"], report)
+        self._draw_classes(classes, report)
+        self._draw_pairs(pairs, report)
+        _draw_reliability(bins, report)
         text = "The most certain mistakes: taken for (black), and what the list says (grey)"
         text = text if report["mistakes"] else "There are no mistakes"
         figure.supxlabel(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -86,18 +83,18 @@ class Picture:
         self._plt.close(figure)
         return picture
 
-    def _draw_classes(self, axis, report):
+    def _draw_classes(self, panel, report):
         classes = worst_classes(report)
         shown, count = classes[:_BARS], len(classes)
         which = f"Lowest Acc@1 of {count:,} classes" if count > _BARS else "Acc@1 of each class"
-        axis.set_title(f"{which} (line: of all)")
+        axis = _only_axis(panel, which, "percent (line: of all images)")
         self._bars(axis, [self._name(each) for each in shown], [each["acc1"] for each in shown])
         axis.set_xlim(0, 100)
         axis.axvline(report["acc1"], color=_ACCENT, linewidth=1.5)
 
-    def _draw_pairs(self, axis, report):
+    def _draw_pairs(self, panel, report):
         shown, classes = report["confusions"][:_BARS], report["classes"]
-        axis.set_title("Most confused: class > taken for, images")
+        axis = _only_axis(panel, "Most confused: class > taken for", "images")
         names = [
             " > ".join(self._name(classes[pair[key]]) for key in ("true", "predicted"))
             for pair in shown
@@ -124,17 +121,30 @@ def worst_classes(report):
     return sorted(classes, key=lambda each: each["acc1"])
 
 
-def _draw_reliability(axis, below, report):
+def _title(panel, text):
+    """Over the whole width of a panel: beside long names its axis is narrow."""
+    panel.suptitle(text, x=0.02, ha="left", fontsize=11, fontweight="bold")
+
+
+def _only_axis(panel, title, label):
+    _title(panel, title)
+    axis = panel.subplots()
+    axis.set_xlabel(label)
+    return axis
+
+
+def _draw_reliability(panel, report):
     """The reliability diagram, with the share of the images in each bin below it."""
     bins = [each for each in report["calibration"]["bins"] if each["images"]]
     middles = [(each["from"] + each["to"]) / 2 for each in bins]
     widths = [0.9 * (each["to"] - each["from"]) for each in bins]
-    axis.set_title("Accuracy by confidence (line: equal)")
+    _title(panel, "Accuracy by confidence")
+    axis, below = panel.subplots(2, height_ratios=[3, 1])
     axis.bar(middles, [each["accuracy"] for each in bins], widths, color=_MAIN)
     axis.plot([0, 1], [0, 1], color=_ACCENT, linewidth=1.5)
     axis.set_ylim(0, 1)
     below.bar(middles, [each["images"] / report["images"] for each in bins], widths, color=_FAINT)
     below.set_ylabel("of all images")
-    below.set_xlabel("confidence")
+    below.set_xlabel("confidence (line: accuracy equal to it)")
     for each in (axis, below):
         each.set_xlim(0, 1)
