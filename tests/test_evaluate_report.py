@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from program import CONFIG, SMALL, flatten, run_as_rank, run_tool
 from sklearn.metrics import accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from tools import common, evaluate_report, report_picture
+from tools import common, evaluate_report, predict, report_picture
 from config import get_config, update_config
 from datasets import build_dataset
 from tools.predict import Class
@@ -133,10 +133,6 @@ def test_the_numbers_are_scikit_learns(reported, logits):
 
 
 def test_equal_logits_are_ranked_by_label_as_in_the_evaluation(small, logits, tmp_path):
-    def forget(state):
-        state["head.weight"] = 0 * state["head.weight"]
-        state["head.bias"] = 0 * state["head.bias"]
-
     run = with_state(tmp_path / "run", small, forget)
     run_tool(evaluate_report, run, "-json", tmp_path / "a.json").check()
     report, labels = json.loads((tmp_path / "a.json").read_text()), logits[1]
@@ -144,6 +140,32 @@ def test_equal_logits_are_ranked_by_label_as_in_the_evaluation(small, logits, tm
     assert report["acc5"] == 100 * (labels < 5).sum() / 101
     assert {pair["predicted"] for pair in report["confusions"]} == {0}
     assert report["calibration"]["ece"] == pytest.approx(abs((labels == 0).mean() - 0.1), rel=1e-5)
+
+
+def forget(state):
+    state["head.weight"] = 0 * state["head.weight"]
+    state["head.bias"] = 0 * state["head.bias"]
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_are_loaded_again(
+    small, tmp_path, monkeypatch
+):
+    old, new = tmp_path / "old", with_state(tmp_path / "new", small, forget)
+    shutil.copytree(small, old)
+    loads = []
+
+    def load(model, path):
+        loads.append(load_into(model, path))
+        if len(loads) == 1:
+            shutil.copy(new / "best_weights.pdparams", path)
+        return loads[-1]
+
+    monkeypatch.setattr(predict, "load_into", load)
+    reports = []
+    for run in (old, new):
+        run_tool(evaluate_report, run, "-json", tmp_path / "a.json").check()
+        reports.append({**json.loads((tmp_path / "a.json").read_text()), "weights": None})
+    assert reports[0] == reports[1] and len(loads) == 2 + 1
 
 
 def test_a_bin_has_its_upper_limit_in_it_and_an_empty_one_has_no_accuracy():
@@ -318,7 +340,10 @@ def test_weights_that_give_no_numbers_are_an_error(small, tmp_path):
     assert result.out == ""
 
 
-def test_what_is_asked_wrongly_is_one_sentence(small, tmp_path):
+def test_what_is_asked_wrongly_is_one_sentence(small, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+
     def refused(*args):
         return run_tool(evaluate_report, *args)
 
@@ -333,8 +358,11 @@ def test_what_is_asked_wrongly_is_one_sentence(small, tmp_path):
     refused("-json", tmp_path / "no" / "a", small).refused(2, "no: make it first")
     refused("-json", tmp_path, small).refused(2, "this is a folder: give -json a file")
     refused("-plot", tmp_path / "a.svg", small).refused(2, "-plot must end in .png or .jpg")
+    for names in (("a.png", "a.png"), ("a.png", "../data/a.png")):
+        flags = [word for pair in zip(("-json", "-plot"), names) for word in pair]
+        refused(*flags, small).refused(2, "a.png: -json and -plot are the same file")
     refused(small, small).refused(2, "unrecognized arguments")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pdparams"]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.pdparams"]
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(small, tmp_path, monkeypatch):

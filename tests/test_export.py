@@ -134,6 +134,7 @@ def test_a_user_exports_onnx_and_the_signature_says_how_to_use_it(small, weights
     assert signature["classes"] == [f"digit {number}" for number in range(10)]
     assert signature["before"]["center_crop"] == 28 and "normalize" not in signature["before"]
     assert signature["compared"]["images"] == 5
+    assert signature["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     for name, digest in signature["files_sha256"].items():
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == digest
     # The module's own: the package may be onnxruntime-gpu.

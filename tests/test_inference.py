@@ -76,16 +76,16 @@ def test_it_leaves_the_process_its_threads(monkeypatch):
     assert threads_of() == before
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("more, compiles", [(0, False), (1, True)])
-def test_it_is_worth_it_by_the_images_of_a_rank(monkeypatch, ranks, more, compiles):
+def test_it_is_worth_it_by_the_images_of_a_rank(monkeypatch, more, compiles):
     monkeypatch.setattr(inference, "can_compile", lambda: True)
     monkeypatch.setattr(inference, "CompiledModel", lambda *args: "compiled")
     config = SimpleNamespace(CPU_INFERENCE="auto")
-    images, log = range((1000 + more) * ranks), SimpleNamespace(info=lambda text: None)
-    run = SimpleNamespace(config=config, val_data=images, world_size=ranks, log=log, on_gpu=False)
-    run.model = golden.build("tiny")
-    assert (inference.choose_model(run) == "compiled") == compiles
+    images, log = 1000 + more, SimpleNamespace(info=lambda text: None)
+    model = golden.build("tiny")
+    for on_gpu in (False, True):
+        chosen = inference.choose_model(model, config, images, log, on_gpu)
+        assert chosen == ("compiled" if compiles and not on_gpu else model)
 
 
 def scores_of(output):

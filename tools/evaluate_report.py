@@ -28,6 +28,7 @@ image that cannot be read; 2 for what was asked wrongly.
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,12 +37,11 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m and -P
 
 from tools import common, predict
-from config import get_config, require_model, update_config
+from config import ConfigError, get_config, require_model, update_config
 from ranks import host
-from tools.plot_run import check_output
+from tools.plot_run import check_place
 from tools.report_picture import Picture, worst_classes
 from utils import DataError, progress_bar, replace_text, show_path
-from weights import pdparams
 
 # Paddle and NumPy come in work(): -h and a wrong flag answer at once.
 
@@ -72,15 +72,16 @@ def work(args):
     config = update_config(get_config(), args)
     require_model(args)
     if args.json:
-        check_output(args.json, "-json", None)
+        check_place(args.json, "-json")
+    if args.json and args.plot and os.path.realpath(args.json) == os.path.realpath(args.plot):
+        raise ConfigError(f"{args.plot}: -json and -plot are the same file: give them two")
     picture = Picture(args.plot, args.font) if args.plot else None
     tally = common.Tally("evaluate_report.py: ")
     common.import_paddle()
     from datasets import build_dataset
 
     weights = config.MODEL.PRETRAINED
-    model = predict.load_model(config, weights, tally.say)
-    digest = pdparams.sha256(weights)  # now: a training that still runs may replace the file
+    model, digest = predict.load_with_digest(config, weights, tally.say)
     classes = predict.classes_of(args, config)
     data = build_dataset(config, train=False)
     try:
@@ -136,9 +137,7 @@ def evaluate(model, data, config, tally):
 
     on_gpu = paddle.get_device().startswith("gpu")
     log = SimpleNamespace(info=tally.say, warning=tally.say)
-    run = SimpleNamespace(config=config, model=model, val_data=data, world_size=1, log=log)
-    run.on_gpu = on_gpu
-    model = choose_model(run)  # what -eval takes for a list of this length
+    model = choose_model(model, config, len(data), log, on_gpu)  # as -eval
     sampler = EvalSampler(len(data), config.DATA.BATCH_SIZE_EVAL, 0, 1)
     workers = host.choose_workers(config.DATA.NUM_WORKERS, on_gpu)
     loader = build_loader(data, sampler, workers, config.DATA.IMAGE_SIZE)

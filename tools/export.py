@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under -m
 from tools import common
 from config import ConfigError, get_config, require_model, update_config
 from ranks import host
-from tools.predict import classes_of, find_paths, load_model, read_batches
+from tools.predict import classes_of, find_paths, load_with_digest, read_batches
 from utils import progress_bar, show_path, write_text
 from weights.pdparams import sha256
 
@@ -77,7 +77,7 @@ def work(args):
         import_paddle2onnx()
     from training import inference
 
-    live = load_model(config, config.MODEL.PRETRAINED, tally.say)
+    live, digest = load_with_digest(config, config.MODEL.PRETRAINED, tally.say)
     # After the weights: another number of names may only mean a wrong -cfg.
     names = [each.name for each in classes_of(args, config)]
     live.to(device=paddle.set_device("cpu"))  # as the engines: a GPU's TF32 is another function
@@ -95,7 +95,7 @@ def work(args):
             print(f"{name}: largest difference of a probability {gap:.1e}, on {count} images")
         if not all(gap <= _TOLERANCE for gap in gaps.values()):  # so that a NaN fails
             raise common.Failed(f"an export is more than {_TOLERANCE} off: nothing is written")
-        signature = describe(config, args, names, folder)
+        signature = describe(config, args, names, digest, folder)
         signature["compared"] = {"images": count, "largest_difference": gaps}
         text = json.dumps(signature, indent=2, ensure_ascii=False) + "\n"
         write_text(os.path.join(folder, "signature.json"), text)
@@ -103,7 +103,7 @@ def work(args):
     return 1 if tally.counts["problems"] else 0
 
 
-def describe(config, args, names, folder):
+def describe(config, args, names, digest, folder):
     """What a program in any language has to know of the exported model, as a dict for JSON."""
     import paddle
 
@@ -148,7 +148,7 @@ def describe(config, args, names, folder):
             "values": "probabilities of the classes, in the order of `classes`",
         },
         "classes": names,
-        "weights_sha256": sha256(config.MODEL.PRETRAINED),
+        "weights_sha256": digest,
         "files_sha256": {n: sha256(os.path.join(folder, n)) for n in sorted(os.listdir(folder))},
         "versions": {
             "paddle": paddle.__version__,

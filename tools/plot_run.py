@@ -80,9 +80,14 @@ def work(args):
 
 
 def check_output(path, flag="-output", suffixes=(".png", ".svg")):
-    """Refuses a file's path, in a sentence, before any work; without suffixes any is right."""
-    if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
+    """Refuses a picture's path, in a sentence, before any work."""
+    if os.path.splitext(path)[1].lower() not in suffixes:
         raise ConfigError(f"{path}: {flag} must end in {' or '.join(suffixes)}")
+    check_place(path, flag)
+
+
+def check_place(path, flag):
+    """Refuses a path at which no file can be written, in a sentence."""
     if os.path.isdir(path):
         raise ConfigError(f"{path}: this is a folder: give {flag} a file")
     folder = os.path.dirname(path) or "."

@@ -56,6 +56,7 @@ from utils import (
     show_path,
 )
 from weights import load_into
+from weights.pdparams import sha256
 
 # Paddle comes in work(): -h and a wrong flag answer at once.
 
@@ -280,6 +281,15 @@ def load_model(config, path, note):
         note(sentence)
     model.eval()
     return model
+
+
+def load_with_digest(config, path, note):
+    """(load_model's model, the SHA-256 of the file that its weights are of)."""
+    while True:
+        digest = sha256(path) if os.path.isfile(path) else None  # load_model says so
+        model = load_model(config, path, note)
+        if sha256(path) == digest:  # otherwise a training that still runs has replaced the file
+            return model, digest
 
 
 class Images:

@@ -131,7 +131,8 @@ def validate_run(run, model, title):
 
 def evaluate(run):
     """The `-eval` program: logs the accuracy, writes `eval.json`.  Returns the exit status, 0."""
-    model = choose_model(run)
+    images = len(run.val_data) // run.world_size
+    model = choose_model(run.model, run.config, images, run.log, run.on_gpu)
     start = time.perf_counter()
     scores = validate_run(run, model, "eval")
     seconds = time.perf_counter() - start

@@ -20,34 +20,38 @@ from utils import cause
 _WORTH_COMPILING = 1000  # images per rank; compiling an S/16 takes the time that it saves on 200
 
 
-def choose_model(run):
-    """What computes an evaluation: the run's model, or on a CPU what CPU_INFERENCE says."""
-    kind, images = run.config.CPU_INFERENCE, len(run.val_data) // run.world_size
-    if run.on_gpu or kind == "layers" or (kind == "auto" and images <= _WORTH_COMPILING):
-        return run.model
+def choose_model(model, config, images, log, on_gpu):
+    """What computes an evaluation: the model itself, or on a CPU what CPU_INFERENCE says.
+
+    Args:
+        model: a GMLP with its weights.
+        config: the merged config.
+        images: how many each rank evaluates.
+        log: a logging.Logger, or what has its info() and warning().
+        on_gpu: whether the model is on a GPU.
+    """
+    kind = config.CPU_INFERENCE
+    if on_gpu or kind == "layers" or (kind == "auto" and images <= _WORTH_COMPILING):
+        return model
     if not can_compile():
         if kind != "auto":
-            run.log.warning(
-                f"CPU_INFERENCE {kind} needs Paddle 3: evaluating with the model's layers"
-            )
-        return run.model
+            log.warning(f"CPU_INFERENCE {kind} needs Paddle 3: evaluating with the model's layers")
+        return model
     dtype = "bfloat16" if kind == "bfloat16" else "float32"
     if dtype == "bfloat16" and not paddle.base.core.supports_bfloat16():
-        run.log.warning(
-            "CPU_INFERENCE bfloat16: this CPU has no bfloat16 instructions: using float32"
-        )
+        log.warning("CPU_INFERENCE bfloat16: this CPU has no bfloat16 instructions: using float32")
         dtype = "float32"
-    run.log.info(f"Paddle Inference computes the evaluation in {dtype} (CPU_INFERENCE {kind})")
-    sizes = run.model.sizes
+    log.info(f"Paddle Inference computes the evaluation in {dtype} (CPU_INFERENCE {kind})")
+    sizes = model.sizes
     shape = [sizes.in_channels, sizes.image_size, sizes.image_size]
     try:
-        return CompiledModel(run.model, shape, dtype)
+        return CompiledModel(model, shape, dtype)
     except Exception as error:
-        run.log.warning(
+        log.warning(
             "evaluating with the model's layers, which takes longer, as Paddle Inference cannot "
-            f"start: {explain(error, run.model)}"
+            f"start: {explain(error, model)}"
         )
-        return run.model
+        return model
 
 
 def explain(error, model):
