@@ -134,18 +134,6 @@ def test_no_two_runs_have_one_colour():
         assert len(set(map(tuple, plot_run.colours_of(plt, count)))) == count
 
 
-def test_runs_called_by_their_time_take_the_names_of_the_folders_around_them(tmp_path):
-    paths = [tmp_path / name / f"train-20260101-12-00-0{i}" for i, name in enumerate("ab")]
-    for path in paths:
-        path.mkdir(parents=True)
-    paths = list(map(str, paths))
-    assert plot_run.run_names(paths) == ["a", "b"]
-    assert plot_run.run_names(paths[:1]) == ["train-20260101-12-00-00"]
-    (tmp_path / "a" / "train-20260101-12-00-01").mkdir()
-    paths[1] = str(tmp_path / "a" / "train-20260101-12-00-01")
-    assert plot_run.run_names(paths) == ["train-20260101-12-00-00", "train-20260101-12-00-01"]
-
-
 def test_the_curves_run_over_steps_where_that_is_asked_for_or_no_epoch_is_done(metrics, tmp_path):
     loss, accuracy, _, speed = drawn([metrics], x="steps")
     assert loss[0][1] == [3, 4, 7, 8]
@@ -270,14 +258,22 @@ def test_an_svg_is_the_same_each_time_and_has_the_names(metrics, tmp_path):
     assert b"<!-- x: best Acc@1 70.00 in epoch 2 -->" in content
 
 
-def test_runs_are_called_by_their_folders_unless_two_are_the_same(tmp_path, monkeypatch):
-    for name in ("a", "b"):
+def test_runs_are_called_by_the_shortest_endings_of_their_folders_that_differ(
+    tmp_path, monkeypatch
+):
+    for name in ("a", "b", "a/b"):
         (tmp_path / name / "train-1").mkdir(parents=True)
+    (tmp_path / "train-2").mkdir()
     monkeypatch.chdir(tmp_path / "a" / "train-1")
     assert plot_run.run_names([".", "../../b"]) == ["train-1", "b"]
     assert plot_run.run_names(["metrics.jsonl"]) == ["train-1"]
     monkeypatch.chdir(tmp_path)
-    assert plot_run.run_names(["a/train-1", "b/train-1/"]) == ["a/train-1", "b/train-1/"]
+    assert plot_run.run_names(["a/train-1", "train-2"]) == ["train-1", "train-2"]
+    assert plot_run.run_names(["a/train-1", "b/train-1/"]) == ["a/train-1", "b/train-1"]
+    names = ["a/train-1", "train-2", "b/train-1", "a/b/train-1"]
+    last = [f"{tmp_path.name}/b/train-1", "a/b/train-1"]
+    assert plot_run.run_names(names) == [*names[:2], *last]
+    assert plot_run.run_names(["a/train-1", "./a/train-1"]) == ["a/train-1", "./a/train-1"]
 
 
 def test_matplotlib_is_asked_for_in_a_sentence(metrics, tmp_path, capsys, monkeypatch):

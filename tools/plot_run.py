@@ -9,7 +9,6 @@ counts once, as it was last.  -output is replaced where it exists.  Needs matplo
 """
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -187,18 +186,16 @@ def mean_speed(reports):
 
 
 def run_names(paths):
-    """Short names for the legend: of the folders, or the paths where two are the same.
-
-    Of several runs called by their time alone, the folders that they are in are better names.
-    """
+    """Short names for the legend: of each run's folder the shortest ending that no other's has."""
     folders = [p if os.path.isdir(p) else os.path.dirname(os.path.abspath(p)) for p in paths]
-    folders = [Path(os.path.abspath(folder)) for folder in folders]
-    names = [folder.name for folder in folders]
-    parents = [folder.parent.name for folder in folders]
-    timed = all(re.fullmatch(r"train-\d{8}(-\d\d){3}.*", name) for name in names)
-    if timed and len(names) > 1 and len(set(parents)) == len(names):
-        return parents
-    return names if len(set(names)) == len(names) else list(paths)
+    folders = [Path(os.path.abspath(folder)).parts for folder in folders]
+    names = []
+    for path, parts in zip(paths, folders):
+        endings = (parts[-count:] for count in range(1, len(parts) + 1))
+        own = (e for e in endings if sum(e == other[-len(e) :] for other in folders) == 1)
+        ending = next(own, None)  # None: the run is there twice
+        names.append(os.path.join(*ending) if ending else path)
+    return names
 
 
 def describe(run):
