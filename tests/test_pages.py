@@ -81,10 +81,9 @@ def test_weights_in_python_both_ways_give_timms_logits(published, monkeypatch):
         is_timms(model) and model.forward_features(paddle.zeros([2, 3, 224, 224])).shape[1] == 256
     )
     assert not model.training
-    model.set_state_dict({name: value * 0 for name, value in model.state_dict().items()})
-    model.train()
+    names = {}  # each stands alone
     exec(paddlevits, names)
-    assert is_timms(model) and not model.training
+    assert is_timms(names["model"]) and not names["model"].training
 
 
 def test_the_hubs_snippet_gives_a_model_that_is_ready_to_predict(published, monkeypatch):
@@ -173,6 +172,8 @@ def test_lists_and_the_check_of_a_data_set_print_what_the_page_shows(digits, tmp
             run_tool(tool, *words[2:]).check().out.replace(shlex.quote(f"{root}/train"), "DIR")
         )
         assert printed.strip() == output_below(page, command).replace("data/digits/train", "DIR")
+    before, command, _ = page.read_text().partition("-data_path data/digits")
+    assert "`python demo/make_digits.py data/digits`" in before and command
 
 
 def commands_of(page):
