@@ -10,8 +10,9 @@ import sys
 import paddle
 import pytest
 from PIL import Image
-from program import ROOT, run
+from program import ROOT, run, run_tool
 
+from tools import predict
 from config import get_config
 from training.run import build_model
 from weights import pdparams
@@ -78,16 +79,6 @@ def test_the_five_commands_of_the_front_page_work_as_printed(photographs, weight
     assert sorted(classes) == sorted(path.name for path in photographs.iterdir() if path.is_dir())
     signature = json.loads((tmp_path / "exported" / "signature.json").read_text("utf-8"))
     assert signature["classes"] == classes
-    table = run(
-        [
-            sys.executable,
-            ROOT / "tools" / "predict.py",
-            "-pretrained",
-            run_folder,
-            "-format",
-            "csv",
-            photo,
-        ]
-    ).check()
+    table = run_tool(predict, "-pretrained", run_folder, "-format", "csv", photo).check()
     rows = list(csv.DictReader(io.StringIO(table.out)))
     assert {row["name"] for row in rows} == set(classes)
