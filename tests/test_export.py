@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from program import CONFIG, ROOT, SMALL, run, run_tool
 
-from tools import export
+from tools import export, predict
 from config import ConfigError, get_config
 from tools.common import new_folder
 from training import inference
@@ -251,6 +251,24 @@ def test_an_export_that_differs_fails_and_leaves_nothing(
     monkeypatch.setattr(inference, "load", engine)
     exported(small, weights, tmp_path / "out", photos).refused(1, "more than 0.0001 off")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_are_loaded_again(
+    small, weights, photos, tmp_path, monkeypatch
+):
+    path = shutil.copy(weights, tmp_path / "w.pdparams")
+    loads, load_into = [], predict.load_into
+
+    def load(model, path):
+        loads.append(load_into(model, path))
+        if len(loads) == 1:
+            pdparams.write(path, {name: 2 * value for name, value in pdparams.read(path).items()})
+        return loads[-1]
+
+    monkeypatch.setattr(predict, "load_into", load)
+    exported(small, path, tmp_path / "out", photos).check()
+    signature = json.loads((tmp_path / "out" / "signature.json").read_text())
+    assert signature["weights_sha256"] == pdparams.sha256(path) and len(loads) == 2
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_compared(small, weights, photos, tmp_path):
