@@ -274,7 +274,10 @@ def update_config(config, args):
     for key, text in zip(opts[::2], opts[1::2]):
         _set(config, key, _parse(key, text), "-opts")
     if config.MODEL.PRETRAINED:
-        config.MODEL.PRETRAINED = weights_in(config.MODEL.PRETRAINED)
+        try:
+            config.MODEL.PRETRAINED = weights_in(config.MODEL.PRETRAINED)
+        except ConfigError as error:
+            raise ConfigError(f"MODEL.PRETRAINED: {error}") from None
     return config
 
 
