@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +220,9 @@ class _Rank:
 
     def __init__(self, command, env, pass_fds, stdin, preexec_fn):
         self.returncode = None
-        self.pid = os.fork()
+        with warnings.catch_warnings():  # Python 3.12's on threads, which none of the program's is
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid == 0:
             os.dup2(_DEVNULL if stdin == subprocess.DEVNULL else stdin, 0)
             preexec_fn()

@@ -218,7 +218,8 @@ def test_drop_path_keeps_the_expectation_in_the_type_that_it_is_used_in(monkeypa
     assert scale.dtype == getattr(paddle, dtype) and drawn[0].dtype == paddle.float32
     expectation = scale.astype("float64").numpy() * drawn[0].astype("float64").numpy()
     np.testing.assert_allclose(expectation, 1.0, atol=2e-7)
-    np.testing.assert_allclose(drawn[0].numpy(), 1 - rate, rtol=4e-3)  # half a step of bfloat16
+    # A step of bfloat16, as Paddle 2.6 cuts off where 3 rounds.
+    np.testing.assert_allclose(drawn[0].numpy(), 1 - rate, rtol=8e-3)
 
 
 def test_drop_path_rate_is_the_same_in_every_block_and_off_in_evaluation():
