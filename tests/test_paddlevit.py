@@ -206,3 +206,8 @@ def test_loss_scaling_goes_on_where_float16_runs(monkeypatch):
     assert scaler.is_enable()
     assert resume(DATA / "paddlevit.pickle", scaler=scaler).scaler.state_dict() == wanted
     assert resume(DATA / "paddlevit.pickle").scaler.state_dict() == {}
+    tree = {**state.read(DATA / "paddlevit.pickle"), "amp_grad_scaler": {"scale": [8.0]}}
+    training = make_training(scaler=scaler)
+    state.restore(training, tree, "x.pdparams")
+    assert any("incomplete loss scaling" in line for line in training.run.log.warnings)
+    assert training.scaler.state_dict() == wanted  # as it was

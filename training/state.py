@@ -305,8 +305,12 @@ def restore(training, tree, path):
         epoch = training.place.epoch + 1
         log.warning(f"{path} has no epoch: its weights are used, training starts at epoch {epoch}")
     _restore_optimizer(training, tree, path)
-    if training.scaler.is_enable() and tree.get("amp_grad_scaler"):
-        training.scaler.load_state_dict(tree["amp_grad_scaler"])
+    scaling = tree.get("amp_grad_scaler")
+    if training.scaler.is_enable() and scaling:
+        if training.scaler.state_dict().keys() <= scaling.keys():
+            training.scaler.load_state_dict(scaling)
+        else:
+            log.warning(f"{path} has an incomplete loss scaling: the scale starts anew")
     if config.TRAIN.MODEL_EMA:
         if not tree.get("model_ema"):
             log.warning(
