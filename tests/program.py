@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -143,6 +144,31 @@ def start_program(data, output, *args, opts=None, visible="", **popen):
     if visible == "":
         return preloaded.Program(command, env, **popen)
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, text=True, **popen)
+
+
+def write_run(folder, names, **keys):
+    """Makes the folder of a run of the small model of ten classes, as its program leaves it.
+
+    `names` are its classes', `keys` further values of its config, with __ for the dots.  The random
+    weights tell images apart.
+    """
+    import paddle  # not above: its threads are set before
+
+    from config import get_config, update_config
+    from training.run import build_model
+    from weights import pdparams
+
+    folder.mkdir()
+    changes = {name.replace("__", "."): value for name, value in keys.items()}
+    opts = SimpleNamespace(opts=flatten({**SMALL, **changes}))
+    config = update_config(get_config(CONFIG), opts)
+    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    (folder / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    paddle.seed(1)
+    state = build_model(config).state_dict()
+    state["head.weight"] = paddle.randn(state["head.weight"].shape)
+    pdparams.write(folder / "best_weights.pdparams", state)
+    return folder
 
 
 _ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": None}

@@ -9,11 +9,11 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image, ImageDraw
-from program import CONFIG, SMALL, flatten, run_as_rank, run_tool
+from program import CONFIG, SMALL, flatten, run_as_rank, run_tool, write_run
 from sklearn.metrics import accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from tools import common, evaluate_report, predict, report_picture
-from config import get_config, update_config
+from config import get_config
 from datasets import build_dataset
 from tools.predict import Class
 from training.run import build_model
@@ -27,16 +27,7 @@ NAMES = ["zero", "un", "δύο", "three", "$4$", "five six", "три" * 20, "с�
 def small(few_digits, tmp_path_factory):
     """A run of the small model of ten classes, as its program leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "train-1"
-    folder.mkdir()
-    config = update_config(get_config(CONFIG), SimpleNamespace(opts=flatten(SMALL)))
-    config.DATA.DATA_PATH = str(few_digits)
-    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
-    (folder / "classes.txt").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
-    paddle.seed(1)
-    state = build_model(config).state_dict()
-    state["head.weight"] = paddle.randn(state["head.weight"].shape)
-    pdparams.write(folder / "best_weights.pdparams", state)
-    return folder
+    return write_run(folder, NAMES, DATA__DATA_PATH=str(few_digits))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from program import CONFIG, ROOT, SMALL, metrics, run_preloaded, run_tool
+from program import ROOT, SMALL, metrics, run_preloaded, run_tool, write_run
 
 from tools import export, plot_gates, port_weights, predict
 from config import ConfigError, get_config, require_model, update_config, value_of
@@ -20,21 +20,11 @@ WORDS = ["zero", "un", "δύο", "three", "四", "five six", "シックス", "с
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A run of the small model of ten classes, as its program leaves it, and a photograph."""
-    folder = tmp_path_factory.mktemp("runs") / "train 1"
-    folder.mkdir()
-    config = get_config(CONFIG)
-    for key, value in SMALL.items():
-        update_config(config, SimpleNamespace(opts=[key, str(value)]))
-    config.SAVE, config.MODEL.RESUME, config.DATA.DATA_PATH = "/nowhere", "auto", "/another machine"
-    config.DATA.CROP_PCT, config.TRAIN.BASE_LR = 0.5, 7.0
-    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
-    (folder / "classes.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    paddle.seed(1)
-    state = build_model(config).state_dict()
-    state["head.weight"] = paddle.randn(state["head.weight"].shape)
-    pdparams.write(folder / "best_weights.pdparams", state)
-    return folder
+    """A run of the small model of ten classes, on another machine."""
+    return write_run(
+        tmp_path_factory.mktemp("runs") / "train 1", WORDS, SAVE="/nowhere", MODEL__RESUME="auto",
+        DATA__DATA_PATH="/another machine", DATA__CROP_PCT=0.5, TRAIN__BASE_LR=7.0,
+    )  # fmt: skip
 
 
 PHOTO = next((ROOT / "tests" / "data" / "images").glob("*.jpg"))
