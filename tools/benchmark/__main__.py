@@ -13,8 +13,9 @@
 Ours, the peer and the limits (Pillow's decoder alone, the model's matrix products alone) are
 measured in turn, one repetition of each after the other, so that what else the machine does hits
 all of them; each in a process of its own, so that none finds memory or threads as another left
-them.  A ratio is the median over the turns.  Without -data_path the images are made from the
-photographs of tests/data/images: 500x375 JPEGs.
+them.  A repetition of a step, in training or evaluation, is the mean of five in a row after two
+that do not count: on its own a step would start cold.  A ratio is the median over the turns.
+Without -data_path the images are made from the photographs of tests/data/images: 500x375 JPEGs.
 """
 
 import argparse
@@ -250,7 +251,7 @@ def list_memory(bench):
 
 def train_memory(bench):
     args = bench.args
-    bench.job.update(paths=prepare_images(args, bench.folder, args.batch_size), batches=1)
+    bench.job.update(paths=prepare_images(args, bench.folder, args.batch_size))
     results = []
     for name, side, job in (
         ("ours", bench.ours, {}),
@@ -303,6 +304,8 @@ def planning(bench):
 
 # fmt: off
 TURNS = {"repetitions": 7, "warmup": 1}
+# A turn is so many steps after two that do not count, so that no whole turn has to be left out.
+IN_A_ROW = {"repetitions": 5, "warmup": 0, "batches": 5}
 IMAGES = {"data_path": None, "images": 64}
 MODEL = {"cfg": S16, "peer": None, "threads": None, **IMAGES}
 IMAGENET = 1_281_167  # training images
@@ -314,13 +317,12 @@ PLANNED = {
 # Each subcommand's options, with their defaults.
 COMMANDS = {
     "loader": (loader, {**MODEL, **TURNS, "batch_size": 32, "num_workers": 2, "batches": 48}),
-    "eval": (evaluation, {**MODEL, **TURNS, "batch_size": 16, "batches": 1, "engines": ENGINES,
-                          "peer_modes": PEER_MODES, "repetitions": 5}),
-    "train": (training, {**MODEL, **TURNS, "batch_size": 8, "batches": 1, "ranks": [1, 2],
-                         "repetitions": 5}),
+    "eval": (evaluation, {**MODEL, **IN_A_ROW, "batch_size": 16, "engines": ENGINES,
+                          "peer_modes": PEER_MODES}),
+    "train": (training, {**MODEL, **IN_A_ROW, "batch_size": 8, "ranks": [1, 2]}),
     "start": (start, {"peer": None, **TURNS}),
     "memory": (memory, {**MODEL, "cfg": B16, "batch_size": 16, "lines": IMAGENET,
-                        "num_workers": 2, "parts": PARTS}),
+                        "num_workers": 2, "parts": PARTS, "batches": 5}),
     "traffic": (traffic, {"cfg": S16, "batch_size": 256}),
     "rounding": (rounding, {"batches": 200}),
     "plan": (planning, {"cfg": S16, **PLANNED, **IMAGES, **TURNS, "batch_size": None,

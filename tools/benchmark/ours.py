@@ -105,12 +105,12 @@ def evaluate(job):
     if job.kind != "layers":
         model = CompiledModel(model, [3, size, size], job.kind)
     transform = BatchTransform(config, train=False)
-    batches = [_batch(config, job.batch_size)] * job.batches
+    batch = [_batch(config, job.batch_size)]
 
-    def work():
-        validate(model, batches, transform, contextlib.nullcontext)
+    def step(number):
+        validate(model, batch, transform, contextlib.nullcontext)
 
-    return work, job.batches * job.batch_size
+    return worker.in_a_row(job, step)
 
 
 def train(job):
@@ -121,7 +121,8 @@ def train(job):
     config.DATA.BATCH_SIZE, config.TRAIN.RECOMPUTE = job.batch_size, job.recompute
     config.TRAIN.ACCUM_ITER, config.TRAIN.MODEL_EMA = 1, False
     rank, ranks = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
-    images = range(job.batches * job.batch_size * ranks)  # asked for their number alone
+    steps = job.lead + job.batches
+    images = range(steps * job.batch_size * ranks)  # asked for their number alone
     run = SimpleNamespace(
         config=config, model=build_model(config), rank=rank, world_size=ranks, train_data=images,
         val_data=images, amp=False, autocast=contextlib.nullcontext,
@@ -130,11 +131,10 @@ def train(job):
     training = Training(run)
     pixels, labels = _batch(config, job.batch_size)
 
-    def work():
-        for batch in range(job.batches):
-            training.train_batch(pixels, labels, 1, batch)
-
-    return work, len(images)
+    work, images = worker.in_a_row(
+        job, lambda batch: training.train_batch(pixels, labels, 1, batch)
+    )
+    return work, images * ranks
 
 
 def products(job):
@@ -146,9 +146,7 @@ def exchange(job):
     """An all-reduce of as many numbers as the job says."""
     gradients = paddle.zeros([job.numbers])
 
-    def work():
-        paddle.distributed.all_reduce(gradients)
-
+    work, _ = worker.in_a_row(job, lambda number: paddle.distributed.all_reduce(gradients))
     return work, None
 
 

@@ -116,14 +116,13 @@ def evaluate(job):
     normalized, labels = _batch(job)
 
     @torch.inference_mode()
-    def work():
-        for _ in range(job.batches):
-            logits = model(normalized().to(precision)).float()
-            F.cross_entropy(logits, labels, reduction="sum").item()
-            (logits.topk(5).indices == labels[:, None]).sum(0).tolist()
+    def step(number):
+        logits = model(normalized().to(precision)).float()
+        F.cross_entropy(logits, labels, reduction="sum").item()
+        (logits.topk(5).indices == labels[:, None]).sum(0).tolist()
 
-    work()  # torch.compile works at the first call
-    return work, job.batches * len(labels)
+    step(0)  # torch.compile works at the first call
+    return worker.in_a_row(job, step)
 
 
 def train(job):
@@ -141,18 +140,17 @@ def train(job):
     criterion = timm.loss.SoftTargetCrossEntropy()
     normalized, labels = _batch(job)
 
-    def work():
-        for _ in range(job.batches):
-            images, targets = mixup(normalized(), labels)
-            loss = criterion(model(images), targets)
-            loss.backward()
-            if recipe.GRAD_CLIP:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.GRAD_CLIP)
-            update.step()
-            update.zero_grad()
-            loss.item()
+    def step(number):
+        images, targets = mixup(normalized(), labels)
+        loss = criterion(model(images), targets)
+        loss.backward()
+        if recipe.GRAD_CLIP:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.GRAD_CLIP)
+        update.step()
+        update.zero_grad()
+        loss.item()
 
-    return work, job.batches * len(labels)
+    return worker.in_a_row(job, step)
 
 
 def products(job):

@@ -230,7 +230,7 @@ def check(bench):
     model, small_model = facts(bench.config), facts(small)
     batch_size = bench.args.batch_size or 4
     bench.job["paths"] = prepare_images(bench.args, bench.folder, batch_size)
-    bench.job.update(batch_size=batch_size, batches=1, train=True, products=model["products"])
+    bench.job.update(batch_size=batch_size, batches=5, train=True, products=model["products"])
     rows = {("exchange", 2): bench.ours("", "exchange", 1, 2, numbers=model["parameters"])}
     for ranks in (1, 2):
         rows["products", ranks] = bench.ours("", "products", 1, ranks)

@@ -74,7 +74,7 @@ class Bench:
         self.threads = getattr(args, "threads", None) or host.available_cores()  # of a row
         # What each worker is told beside the arguments, where its row says nothing else.
         self.job = {"folder": folder, "config": self.config, "changes": []}
-        self.job.update(recompute=False, keep_freed=True, added_memory=False)
+        self.job.update(recompute=False, keep_freed=True, added_memory=False, lead=2)
         self.versions = {}  # of each side that was started
         self.results = []  # the tables, as data
         self._environment = dict(os.environ)  # before what importing Paddle here adds to it
