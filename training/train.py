@@ -16,7 +16,7 @@ from datasets import BATCH_STREAM, TrainSampler, batches_per_epoch
 from ranks import stop
 from ranks.again import how_to_go_on
 from ranks.collective import MeanMeter
-from training import advice, evaluate, optim, state
+from training import advice, cpu, evaluate, optim, state
 from training.pace import Pace
 from training.run import build_model
 from training.state import NonFiniteLoss, Place
@@ -71,6 +71,7 @@ class Training:
         if run.start.path:
             state.restore(self, run.start.tree, run.start.path)
             run.start = None  # as large as the model and its optimizer state
+        cpu.speed_up(run.model)
         self.model, self.no_sync = run.model, contextlib.nullcontext
         if run.world_size > 1:
             self.model = paddle.DataParallel(run.model)

@@ -1,0 +1,77 @@
+"""Gradients that take a CPU less time than Paddle's own, for the layers of a gMLP.
+
+    speed_up(model)  # before its first step; what the model computes stays the same
+
+Paddle sums the gradients of LayerNorms and biases on one core, a number at a time, and pads those
+of a weight's halves with zeros to add them up.  Here sums are products with ones, which MKL
+computes on all cores.  gmlp.py knows nothing of it.
+"""
+
+import functools
+
+import paddle
+from paddle import nn
+from paddle.autograd import PyLayer
+
+from gmlp import HalvedLinear
+
+
+def speed_up(model):
+    """Gives the layers of a gMLP these gradients; a GPU has better of its own."""
+    if paddle.get_device() != "cpu":
+        return
+    for layer in model.sublayers():
+        if type(layer) in _FUNCTIONS:
+            layer.forward = functools.partial(_apply, _FUNCTIONS[type(layer)], layer)
+
+
+def _apply(function, layer, x):
+    return function.apply(x, layer, layer.weight, layer.bias)
+
+
+def _sum_rows(matrix):
+    """The sum of a matrix's rows: [rows, columns] -> [columns]."""
+    return paddle.matmul(paddle.ones([1, matrix.shape[0]], matrix.dtype), matrix).flatten()
+
+
+class _Halves(PyLayer):
+    """gmlp.HalvedLinear.  [..., inner] -> two [..., outer / 2]"""
+
+    @staticmethod
+    def forward(ctx, x, layer, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return HalvedLinear.forward(layer, x)
+
+    @staticmethod
+    def backward(ctx, first, second):
+        x, weight = ctx.saved_tensor()
+        gradient = paddle.concat([first, second], axis=-1)
+        rows = gradient.flatten(0, -2)
+        of_weight = paddle.matmul(x.flatten(0, -2), rows, transpose_x=True)
+        return paddle.matmul(gradient, weight, transpose_y=True), of_weight, _sum_rows(rows)
+
+
+class _Norm(PyLayer):
+    """LayerNorm over the last axis, whose statistics the backward pass computes once more."""
+
+    @staticmethod
+    def forward(ctx, x, layer, weight, bias):
+        ctx.save_for_backward(x.contiguous(), weight)  # recomputation forgets a view's strides
+        ctx.epsilon = layer._epsilon
+        return nn.LayerNorm.forward(layer, x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensor()
+        rows, g = x.flatten(0, -2), gradient.flatten(0, -2)
+        mean = paddle.full([rows.shape[1], 1], 1 / rows.shape[1], x.dtype)  # of a row, as a product
+        rows = rows - paddle.matmul(rows, mean)
+        scale = paddle.rsqrt(paddle.matmul(rows * rows, mean) + ctx.epsilon)
+        rows.multiply_(scale)
+        product, means = g * rows, mean * weight.unsqueeze(1)
+        g_x = (g * weight).subtract_(paddle.matmul(g, means))
+        g_x.subtract_(rows.multiply_(paddle.matmul(product, means))).multiply_(scale)
+        return g_x.reshape(x.shape), _sum_rows(product), _sum_rows(g)
+
+
+_FUNCTIONS = {HalvedLinear: _Halves, nn.LayerNorm: _Norm}
