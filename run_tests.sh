@@ -5,8 +5,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/tools/setup_env.sh"
-setup_env "$here/requirements-dev.txt" pytest xdist ruff matplotlib visualdl onnxruntime \
-    skimage sklearn scipy
+setup_test_env
 
 [ $# -gt 0 ] || set -- -n auto --maxprocesses 4 --dist loadfile
 cd "$here"

@@ -1,6 +1,7 @@
 # Sourced by run_demo.sh and run_tests.sh, which set `here` to the repository's folder:
 #
 #   setup_env REQUIREMENTS_FILE MODULE...
+#   setup_test_env
 #
 # sets PYTHON to an interpreter that has Paddle, the program's packages and the named modules.
 # The active Python is used as it is where it already has Paddle and the modules.  Otherwise a virtual
@@ -99,4 +100,9 @@ setup_env() {  # setup_env REQUIREMENTS MODULE...
         PYTHON=$venv/bin/python
     fi
     export PYTHON
+}
+
+setup_test_env() {  # what tests and linter need
+    setup_env "$here/requirements-dev.txt" pytest xdist ruff matplotlib visualdl onnxruntime \
+        skimage sklearn scipy
 }
