@@ -61,6 +61,7 @@ def make_training(
         "model": model,
         "rank": 0,
         "world_size": 1,
+        "on_gpu": False,
         "train_data": range(len(batches) * config.DATA.BATCH_SIZE),
         "val_data": (),
         "amp": False,
@@ -377,6 +378,18 @@ def test_images_that_an_epoch_leaves_out_are_told_with_a_batch_size_that_takes_t
     training.run.train_data, training.batches = range(images), images // 8
     sentences = [text for text in advice.about_plan(training) if "leaves out" in text]
     assert [said in text for text in sentences] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("threads", ["1", "8"])
+def test_one_rank_of_several_cores_is_told_what_two_would_bring(monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    run = make_training(make_batches(1, 6)).run
+    said = "one rank computes on 8 cores: -nprocs 2 -batch_size 3 " if threads == "8" else ""
+    assert advice.about_ranks(run).startswith(said) and bool(said) == bool(advice.about_ranks(run))
+    for change in ({"on_gpu": True}, {"world_size": 2}):
+        assert advice.about_ranks(types.SimpleNamespace(**{**vars(run), **change})) == ""
+    run.config.DATA.BATCH_SIZE = 7
+    assert advice.about_ranks(run) == ""
 
 
 def test_an_average_that_is_worse_than_its_model_is_said_at_the_end():

@@ -63,9 +63,9 @@ def config_of(golden):
 def training_of(config, model, images, amp=None):
     """A Training of `images` images an epoch, on one rank and without files."""
     run = types.SimpleNamespace(
-        config=config, model=model, rank=0, world_size=1, train_data=range(images), val_data=(),
+        config=config, model=model, rank=0, world_size=1, on_gpu=False, train_data=range(images),
         amp=amp, autocast=optim.build_autocast(amp), log=logging.getLogger("test"), start=Start(),
-        metrics=types.SimpleNamespace(write=lambda **row: None),
+        val_data=(), metrics=types.SimpleNamespace(write=lambda **row: None),
     )  # fmt: skip
     return Training(run)
 

@@ -125,7 +125,7 @@ def train(job):
     images = range(steps * job.batch_size * ranks)  # asked for their number alone
     run = SimpleNamespace(
         config=config, model=build_model(config), rank=rank, world_size=ranks, train_data=images,
-        val_data=images, amp=False, autocast=contextlib.nullcontext,
+        val_data=images, on_gpu=False, amp=False, autocast=contextlib.nullcontext,
         log=logging.Logger("none", logging.CRITICAL), start=SimpleNamespace(path=None),
     )  # fmt: skip
     training = Training(run)
