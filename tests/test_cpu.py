@@ -1,5 +1,7 @@
 """training/cpu.py: the same model, and the same gradients but for rounding."""
 
+import copy
+
 import numpy as np
 import paddle
 import pytest
@@ -7,7 +9,7 @@ from golden import config_of
 from paddle.nn import functional as F
 
 from gmlp import build_gmlp, can_recompute
-from training import cpu
+from training import cpu, inference
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -17,20 +19,26 @@ def dtype(request):
     paddle.set_default_dtype("float32")
 
 
-def step(fast, recompute=False, frozen=False):
-    """(logits, gradients by name) of a model with random weights; of the images under "images"."""
+def nothing(name):
+    return False
+
+
+def step(fast, recompute=False, frozen=nothing):
+    """(logits, gradients by name) of a model with random weights; of the images under "images".
+
+    frozen: name -> whether that has no gradient.
+    """
     paddle.seed(3)
     model = build_gmlp(config_of("tiny"))
-    for param in model.parameters():
+    for name, param in model.named_parameters():
         param.set_value(0.3 * paddle.randn(param.shape) + (1 if param.ndim == 1 else 0))
+        param.stop_gradient = frozen(name)
     model.train()
     model.recompute = recompute
-    if frozen:
-        model.freeze_backbone()
     if fast:
         cpu.speed_up(model)
     images = paddle.randn([4, 3, 32, 32])
-    images.stop_gradient = frozen
+    images.stop_gradient = frozen("images")
     logits = model(images)
     F.cross_entropy(logits, paddle.to_tensor([1, 2, 3, 0])).backward()
     gradients = {name: param.grad for name, param in model.named_parameters()}
@@ -50,9 +58,32 @@ def test_gradients_are_paddles(dtype, recompute):
     assert max(gaps.values()) > 0  # it is not Paddle's own
 
 
-def test_a_frozen_backbone_has_no_gradients():
-    (_, wanted), (_, own) = step(False, frozen=True), step(True, frozen=True)
-    assert own.keys() == wanted.keys() == {"head.weight", "head.bias"}
+@pytest.mark.parametrize("part", ["", "images", "patch_embed", "norm", "fc1", "bias", "head"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "alone"])
+def test_whatever_is_frozen_the_rest_has_its_gradients(part, frozen):
+    def stands_still(name):
+        return (part in name) == frozen
+
+    (_, wanted), (_, own) = (step(fast, frozen=stands_still) for fast in (False, True))
+    assert own.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert np.abs(own[name] - gradient).max() < 3e-6 * np.abs(gradient).max()
+
+
+def test_a_copy_computes_with_its_own_weights_and_a_program_with_paddles_layers(tmp_path):
+    model = build_gmlp(config_of("tiny"))
+    cpu.speed_up(model)
+    copied = copy.deepcopy(model)
+    images = paddle.randn([2, 3, 32, 32])
+    for param in copied.parameters():
+        param.set_value(0.3 * paddle.randn(param.shape))
+    wanted = copied(images).numpy()
+    assert np.abs(wanted).max() > 0.1 and not model(images).numpy().any()
+    (copied(images) ** 2).sum().backward()
+    assert all(param.grad is not None for param in copied.parameters())
+    assert all(param.grad is None for param in model.parameters())
+    program = inference.save(copied, paddle.static.InputSpec([None, 3, 32, 32]), tmp_path, "model")
+    assert np.abs(inference.load(program)(images.numpy()) - wanted).max() < 1e-4
 
 
 def test_a_gpu_has_paddles_own(monkeypatch):

@@ -1,13 +1,12 @@
 """Gradients that take a CPU less time than Paddle's own, for the layers of a gMLP.
 
-    speed_up(model)  # before its first step; what the model computes stays the same
+    speed_up(model)  # before its first step; what it computes stays the same
 
-Paddle sums the gradients of LayerNorms and biases on one core, a number at a time, and pads those
-of a weight's halves with zeros to add them up.  Here sums are products with ones, which MKL
-computes on all cores.  gmlp.py knows nothing of it.
+Paddle sums gradients of LayerNorms and biases on one core, number by number, and pads those of a
+weight's halves with zeros.  Here sums are products with ones, which MKL computes on all cores.
 """
 
-import functools
+import types
 
 import paddle
 from paddle import nn
@@ -22,11 +21,15 @@ def speed_up(model):
         return
     for layer in model.sublayers():
         if type(layer) in _FUNCTIONS:
-            layer.forward = functools.partial(_apply, _FUNCTIONS[type(layer)], layer)
+            layer.forward = types.MethodType(_forward, layer)  # which a deep copy makes its own
 
 
-def _apply(function, layer, x):
-    return function.apply(x, layer, layer.weight, layer.bias)
+def _forward(layer, x):
+    inputs = x, layer.weight, layer.bias
+    # In a program (paddle.jit), and where anything is frozen, the layer's own.
+    if not paddle.in_dynamic_mode() or any(tensor.stop_gradient for tensor in inputs):
+        return type(layer).forward(layer, x)
+    return _FUNCTIONS[type(layer)].apply(layer, *inputs)
 
 
 def _sum_rows(matrix):
@@ -38,7 +41,7 @@ class _Halves(PyLayer):
     """gmlp.HalvedLinear.  [..., inner] -> two [..., outer / 2]"""
 
     @staticmethod
-    def forward(ctx, x, layer, weight, bias):
+    def forward(ctx, layer, x, weight, bias):
         ctx.save_for_backward(x, weight)
         return HalvedLinear.forward(layer, x)
 
@@ -55,7 +58,7 @@ class _Norm(PyLayer):
     """LayerNorm over the last axis, whose statistics the backward pass computes once more."""
 
     @staticmethod
-    def forward(ctx, x, layer, weight, bias):
+    def forward(ctx, layer, x, weight, bias):
         ctx.save_for_backward(x.contiguous(), weight)  # recomputation forgets a view's strides
         ctx.epsilon = layer._epsilon
         return nn.LayerNorm.forward(layer, x)
