@@ -71,8 +71,13 @@ def _load(name, pretrained, num_classes, image_size):
     own = config.run_file(pretrained, "config.yaml") if os.path.isdir(pretrained or "") else None
     if own:
         run = config.get_config(own)
-        if run.MODEL.MIXER != settings.MODEL.MIXER:
-            raise ValueError(f"{pretrained} is a run of {run.MODEL.NAME}, not of {name}")
+        for key, wanted in settings.MODEL.MIXER.items():
+            value = run.MODEL.MIXER[key]
+            if value != wanted:
+                raise ValueError(
+                    f"{pretrained} is a run with MODEL.MIXER.{key} {value}, {name} has {wanted}: "
+                    f"build_gmlp(get_config('{own}')) builds its model (README.md)"
+                )
         settings.MODEL.NUM_CLASSES = run.MODEL.NUM_CLASSES
         settings.DATA.IMAGE_SIZE = run.DATA.IMAGE_SIZE
     asked = types.SimpleNamespace(num_classes=num_classes, image_size=image_size)
