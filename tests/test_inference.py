@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import os
 import types
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,3 +180,16 @@ def test_where_it_cannot_start_the_layers_evaluate_with_a_word(
     assert scores_of(tmp_path)["images"] == 101
     for part in ("evaluating with the model's layers", *parts):
         assert part in result.out
+
+
+def test_a_program_that_does_not_fit_on_the_disk_is_told(tmp_path, monkeypatch):
+    def cut_off(model, path, input_spec):
+        save(model, path, input_spec)
+        weights = f"{path}.pdiparams"
+        os.truncate(weights, os.path.getsize(weights) // 2)
+
+    save = paddle.jit.save
+    monkeypatch.setattr(paddle.jit, "save", cut_off)
+    spec = paddle.static.InputSpec([None, 4])
+    with pytest.raises(OSError, match="No space left on device"):
+        inference.save(paddle.nn.Linear(4, 100), spec, str(tmp_path), "model")

@@ -8,6 +8,7 @@ It fuses what the layers compute one by one, and uses oneDNN.  Logits are within
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -59,7 +60,7 @@ def explain(error, model):
     path = getattr(error, "filename", None)
     if path and ".cache" in os.fspath(path):  # where paddle.jit keeps the code that it writes
         return f"{path} cannot be made ({cause(error)}): set HOME to a folder that can be written"
-    needed = 4 * sum(int(param.size) for param in model.parameters()) + (1 << 20)
+    needed = _weights_size(model) + (1 << 20)
     try:
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
@@ -109,12 +110,22 @@ def save(model, spec, folder, name):
         spec: a paddle.static.InputSpec of its input.
         folder: where to write; nothing is written elsewhere.
         name: of the files, without their suffixes.
+
+    Raises:
+        OSError: there is no room for them.
     """
     path = os.path.join(folder, name)
     with _home_in(folder), _legacy_linear():
         paddle.jit.save(model, path, input_spec=[spec])
+    if os.path.getsize(f"{path}.pdiparams") < _weights_size(model):  # Paddle says nothing of it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{path}.pdiparams")
     # Paddle 2.6 has another suffix.
     return next(path + suffix for suffix in (".json", ".pdmodel") if os.path.exists(path + suffix))
+
+
+def _weights_size(model):
+    """Bytes of a model's weights in float32."""
+    return 4 * sum(int(param.size) for param in model.parameters())
 
 
 @contextlib.contextmanager
