@@ -125,8 +125,7 @@ def test_warnings_of_a_kind_are_one_line_and_problems_come_last(folder):
         "label 1",
         f"{path}:43: warning: {folder}/@eaDir/0.JPEG: @eaDir is a folder that a system makes, of "
         "no images of yours (2 more of these: lines 44, 45)",
-        f"{path}: warning: 1 of 3 classes have no image: 0 (-num_classes says how many there are; "
-        "labels start at 0)",
+        f"{path}: warning: 1 of 3 classes have no image: 0 (labels start at 0)",
         f"{path}:3: cannot read {folder}/gone.JPEG: cannot identify image file "
         f"'{folder}/gone.JPEG'",
         "images: train_list.txt 45; problems: 1, warnings: 43",

@@ -272,11 +272,13 @@ def empty_classes(images, num_classes):
     empty = np.flatnonzero(np.bincount(images.labels, minlength=num_classes) == 0)
     if len(empty):
         some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        start = "; labels start at 0" if empty[0] == 0 and len(images) else ""
+        hints = ["-num_classes says how many there are"] if empty[-1] == num_classes - 1 else []
+        hints += ["labels start at 0"] if empty[0] == 0 and len(images) else []
+        hint = f" ({'; '.join(hints)})" if hints else ""
         yield (
             (images.name, "empty"),
             f"{images.name}: warning: {len(empty):,} of {num_classes:,} classes have no image: "
-            f"{some} (-num_classes says how many there are{start})",
+            f"{some}{hint}",
             None,
         )
 
