@@ -130,7 +130,8 @@ class ImageList(ImageSource):
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{self.name}: cannot read this image list: {cause(error)}; -data_path (DATA_PATH "
-                "of the scripts) is a folder with train_list.txt and val_list.txt (docs/data.md)"
+                "of the scripts) is a folder with train_list.txt and val_list.txt, which "
+                "tools/make_lists.py writes (docs/data.md)"
             ) from error
 
 

@@ -77,8 +77,7 @@ def main(argv):
     prepare_streams()
     parser = build_parser()
     if not argv:
-        parser.print_usage(sys.stderr)
-        return 2
+        parser.print_usage(sys.stderr)  # what is lacking is told below
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         suggestion = suggest_flag(unknown[0], parser)
