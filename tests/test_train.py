@@ -17,7 +17,7 @@ from ranks import stop
 from training import advice, evaluate, optim
 from training import train as training_module
 from training.resume import Start
-from training.state import NonFiniteLoss
+from training.state import NonFiniteLoss, Place
 from training.train import Training
 from transforms import BatchTransform
 
@@ -278,6 +278,7 @@ def test_a_warm_up_beyond_the_whole_run_is_warned_of(steps, warned):
     assert [text.split(":")[0] for text in said] == (
         ["warm-up is longer than the whole run of 10 steps"] if warned else []
     )
+    assert all("TRAIN.WARMUP_STEPS None and TRAIN.WARMUP_EPOCHS 0.13" in text for text in said)
 
 
 def test_a_loss_that_is_not_finite_stops_training():
@@ -380,16 +381,28 @@ def test_images_that_an_epoch_leaves_out_are_told_with_a_batch_size_that_takes_t
     assert [said in text for text in sentences] == [True] * bool(said)
 
 
-@pytest.mark.parametrize("threads", ["1", "8"])
-def test_one_rank_of_several_cores_is_told_what_two_would_bring(monkeypatch, threads):
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    run = make_training(make_batches(1, 6)).run
-    said = "one rank computes on 8 cores: -nprocs 2 -batch_size 3 " if threads == "8" else ""
-    assert advice.about_ranks(run).startswith(said) and bool(said) == bool(advice.about_ranks(run))
-    for change in ({"on_gpu": True}, {"world_size": 2}):
-        assert advice.about_ranks(types.SimpleNamespace(**{**vars(run), **change})) == ""
-    run.config.DATA.BATCH_SIZE = 7
-    assert advice.about_ranks(run) == ""
+def test_one_rank_of_several_cores_is_told_what_two_would_bring(monkeypatch):
+    def said(threads=8, cores=8, batch=6, place=(0,), **of_run):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        monkeypatch.setattr(advice.host, "available_cores", lambda: cores)
+        lines = []
+        log = types.SimpleNamespace(info=lines.append, warning=lines.append)
+        training = make_training(make_batches(1, batch), log=log)
+        vars(training.run).update(of_run)
+        training.place = Place(*place)
+        lines.clear()
+        training._log_plan()
+        return [line for line in lines if "-nprocs" in line]
+
+    (sentence,) = said()
+    assert "one rank computes on 8 cores: with -nprocs 2 -batch_size 3 a step" in sentence
+    assert not said(threads=1, cores=1)
+    assert not said(threads=4)  # as somebody chose
+    assert not said(batch=7)
+    assert not said(on_gpu=True) and not said(world_size=2)
+    assert not said(place=(1,)) and not said(place=(0, 3))  # a run that goes on
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "0")  # another launcher's only rank
+    assert not said()
 
 
 def test_an_average_that_is_worse_than_its_model_is_said_at_the_end():

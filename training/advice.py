@@ -1,12 +1,10 @@
-"""Advice about a training: what cannot give what was meant, before its first step and at its end.
-
-Each gives the keys or flags to change.
-"""
+"""Advice about a training, before its first step and at its end: sentences with what to change."""
 
 import math
 
-from ranks import host
+from ranks import host, launch, report
 
+_WARMUP = 20 / 300  # epochs of warm-up per epoch in the paper
 # Shares of the average that are still the weights it began with, at the run's end.
 _SLOW, _GOOD = math.exp(-3), math.exp(-10)
 
@@ -18,15 +16,18 @@ def about_batch_size(images, ranks):
     return f"-batch_size {images // ranks}"
 
 
-def about_ranks(run):
-    """What two ranks would bring where one has several cores of a CPU; else, or if odd, nothing."""
-    cores, batch_size = host.threads(), run.config.DATA.BATCH_SIZE
+def about_ranks(training):
+    """What two ranks would bring to a run that begins on several cores of a CPU; "": nothing."""
+    run, batch_size, cores = training.run, training.config.DATA.BATCH_SIZE, host.available_cores()
     if run.on_gpu or run.world_size > 1 or cores == 1 or batch_size % 2:
         return ""
+    # Whoever chose the threads, or another launcher, knows better; others would give other bits.
+    chosen = host.threads() != cores or (launch.is_rank() and not report.has_launcher())
+    if chosen or training.place.epoch or training.place.batch:
+        return ""
     return (
-        f"one rank computes on {cores} cores: -nprocs 2 -batch_size {batch_size // 2} would make "
-        "steps of as many images in 0.9 of the time (as measured on two cores; see "
-        "docs/performance.md)"
+        f"one rank computes on {cores} cores: with -nprocs 2 -batch_size {batch_size // 2} a step "
+        "of as many images took 0.9 of the time on two (docs/performance.md#training)"
     )
 
 
@@ -48,8 +49,9 @@ def about_plan(training):
         )
     if rate.warmup > rate.total:
         yield (
-            f"warm-up is longer than the whole run of {rate.total} steps: the learning rate "
-            "will not reach its peak (TRAIN.WARMUP_STEPS, TRAIN.WARMUP_EPOCHS)"
+            f"warm-up is longer than the whole run of {rate.total} steps: the learning rate will "
+            "not reach its peak: take TRAIN.WARMUP_STEPS None and TRAIN.WARMUP_EPOCHS "
+            f"{_WARMUP * train.NUM_EPOCHS:.2g} or so"
         )
     share = train.MODEL_EMA_DECAY**rate.total
     if train.MODEL_EMA and share > _SLOW:

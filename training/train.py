@@ -93,8 +93,8 @@ class Training:
             f"epoch, {rate.total} steps in all"
         )
         log.info(str(rate))
-        if ranks := advice.about_ranks(self.run):
-            log.info(ranks)
+        if sentence := advice.about_ranks(self):
+            log.info(sentence)
         for sentence in advice.about_plan(self):
             log.warning(sentence)
 
