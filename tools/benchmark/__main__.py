@@ -92,7 +92,7 @@ OPTIONS = {
     "threads": {**COUNT, "help": "threads in all (default: the cores)"},
     "batch_size": {**COUNT, "help": "images per batch and rank"},
     "num_workers": {**COUNT, "help": "loader processes"},
-    "batches": {**COUNT, "help": "batches, or steps, per turn"},
+    "batches": {**COUNT, "help": "batches, or steps, per turn that count"},
     "ranks": {**COUNT, "nargs": "+", "help": "numbers of ranks"},
     "peer_modes": {"metavar": "MODE", "nargs": "+", "choices": PEER_MODES,
                    "help": "how the peer runs"},
@@ -180,7 +180,11 @@ def training(bench):
 
     numbers = sorted(set(args.ranks))
     rows = [ours(ranks, max(1, bench.threads // ranks)) for ranks in numbers]
-    rows += [bench.peer("timm, float32 eager", "train"), *product_limits(bench, train=True)]
+    rows += [
+        bench.peer("timm, float32 eager", "train", keep_freed=False),
+        bench.peer("timm, keeping freed memory", "train"),  # as ours does
+        *product_limits(bench, train=True),
+    ]
     title = f"training step of {bench.config.MODEL.NAME}, batches of {args.batch_size} per rank"
     bench.measure(f"{title}, {bench.threads} core(s)", rows)
     if len(numbers) > 1:
@@ -257,8 +261,8 @@ def train_memory(bench):
         ("ours", bench.ours, {}),
         ("ours, not keeping it", bench.ours, {"keep_freed": False}),
         ("ours, recomputing", bench.ours, {"recompute": True}),
-        ("timm", bench.peer, {}),
-        ("timm, recomputing", bench.peer, {"recompute": True}),
+        ("timm", bench.peer, {"keep_freed": False}),
+        ("timm, recomputing", bench.peer, {"keep_freed": False, "recompute": True}),
     ):
         if row := side(name, "train", added_memory=True, **job):
             results.append({"name": name, "added": row.measure()["added"]})
@@ -271,7 +275,7 @@ def train_memory(bench):
         }
         for result in results
     ]
-    title = f"added by a training step of {bench.config.MODEL.NAME}, batch {args.batch_size}"
+    title = f"added by training {bench.config.MODEL.NAME}, batch {args.batch_size}"
     bench.show(title, results, cells)
 
 

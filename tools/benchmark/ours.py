@@ -122,10 +122,10 @@ def train(job):
     config.TRAIN.ACCUM_ITER, config.TRAIN.MODEL_EMA = 1, False
     rank, ranks = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
     steps = job.lead + job.batches
-    images = range(steps * job.batch_size * ranks)  # asked for their number alone
+    data = range(steps * job.batch_size * ranks)  # asked for its length alone
     run = SimpleNamespace(
-        config=config, model=build_model(config), rank=rank, world_size=ranks, train_data=images,
-        val_data=images, on_gpu=False, amp=False, autocast=contextlib.nullcontext,
+        config=config, model=build_model(config), rank=rank, world_size=ranks, train_data=data,
+        val_data=data, on_gpu=False, amp=False, autocast=contextlib.nullcontext,
         log=logging.Logger("none", logging.CRITICAL), start=SimpleNamespace(path=None),
     )  # fmt: skip
     training = Training(run)

@@ -9,6 +9,7 @@ import torch
 from PIL import ImageOps
 from torch.nn import functional as F
 
+from ranks import host
 from tools.benchmark import worker
 
 # torchvision, which timm imports, refuses a CPU's torch that lacks two operators.  They are only
@@ -127,6 +128,8 @@ def evaluate(job):
 
 def train(job):
     """Whole training steps by the config's recipe: mixup or cutmix, AdamW with clipping."""
+    if job.keep_freed:
+        host.keep_freed_memory()
     recipe, optimizer = job.config.TRAIN, job.config.TRAIN.OPTIMIZER
     model = _model(job, drop_path_rate=job.config.MODEL.DROPPATH).train()
     model.set_grad_checkpointing(job.recompute)

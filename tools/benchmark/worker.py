@@ -6,7 +6,7 @@ python tools/benchmark/worker.py ours RANKS
 It reads a line of JSON and answers with one:
 
     {"case": "decode", "train": true, ...}   prepares the work; {"python": "3.11.7", ...}: versions
-    {}                                       does it once; {"seconds": 1.2, "images": 64}
+    {}                                       does it; {"seconds": 1.2, "images": 64}
 
 What goes wrong is {"error": "one sentence"}.  The end of the input ends the worker.
 """
@@ -28,8 +28,8 @@ def serve(cases, read=sys.stdin.readline):
 
     Args:
         cases: a module with VERSIONS, and functions of a job, the first line as a namespace.  Each
-            returns a function that does the work once, and how many images that takes.  Where it
-            returns a dict, the answer has that too.
+            returns a function that does the work, and of how many images its seconds are.  Where
+            that returns a dict, the answer has it too: the seconds of a step for those of the call.
         read: gives the next line; "" at the end.
     """
     # What libraries print belongs to standard error.
@@ -74,10 +74,13 @@ def products(job, random_matrix):
 
 
 def in_a_row(job, step):
-    """The work of a job: a step's mean over `batches` of them, after `lead` that do not count.
+    """The work of a job: the mean seconds of `batches` steps, after `lead` that do not count.
 
     After another process's turn caches and clocks are cold, and the first steps slower than those
     of a run.
+
+    Args:
+        step: takes its number, from 0.
     """
 
     def work():
