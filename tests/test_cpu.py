@@ -128,13 +128,14 @@ def test_what_is_changed_in_place_before_the_backward_pass_is_an_error(changed):
         y.sum().backward()
 
 
-def test_paddles_compiler_trains_the_model():
-    paddle.seed(3)
-    model = build_gmlp(config_of("tiny"))
+def test_paddles_compiler_trains_them():
+    layer, x = nn.LayerNorm(5), paddle.randn([2, 3, 5])
+    wanted = gradients(layer, x.clone())
+    layer.clear_gradients()
+    model = nn.Sequential(layer)
     cpu.speed_up(model)
-    compiled = paddle.jit.to_static(model)
-    compiled(paddle.randn([2, 3, 32, 32])).sum().backward()
-    assert model.head.bias.grad.numpy().all()
+    for own, gradient in zip(gradients(paddle.jit.to_static(model), x.clone()), wanted):
+        assert np.abs(own - gradient).max() < 1e-5 * np.abs(gradient).max()
 
 
 def test_every_layer_of_a_training_has_them(monkeypatch):
