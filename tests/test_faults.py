@@ -249,6 +249,7 @@ def test_a_killed_loader_worker_ends_the_run_and_leaves_nothing(moment, digits, 
     process = start(digits, tmp_path, SLOW, "-num_workers", 2)
     MOMENTS[moment].wait(tmp_path, process)
     rank = children_of(process.pid)[1]
+    wait_for(lambda: children_of(rank), process)  # rank 0 may be ahead
     os.kill(children_of(rank)[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
