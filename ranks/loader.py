@@ -102,14 +102,19 @@ def explain_dead_workers():
     """Turns the error that Paddle raises, wherever the main thread is, into a DataError."""
     try:
         yield
-    except SystemError as error:
+    except (SystemError, OSError) as error:
+        # In Python code of a backward pass (training/cpu.py) Paddle makes an OSError of it.
+        if isinstance(error, OSError) and "SystemError: (Fatal) DataLoader" not in str(error):
+            raise
         raise _dead_worker(error) from error
 
 
 def _dead_worker(error):
+    text = str(error).rpartition("SystemError: ")[2]  # without Paddle's report of a backward pass
+    reason = " ".join(text.split()).split(". ")[0][:200]
     return DataError(
-        f"a loader worker died ({cause(error).split('. ')[0]}): if the system killed it for lack "
-        "of memory, take fewer -num_workers"
+        f"a loader worker died ({reason}): if the system killed it for lack of memory, take fewer "
+        "-num_workers"
     )
 
 

@@ -12,7 +12,9 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from gmlp import HalvedLinear, build_gmlp, can_recompute
+from ranks import loader
 from training import cpu, inference
+from utils import DataError
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -126,6 +128,20 @@ def test_what_is_changed_in_place_before_the_backward_pass_is_an_error(changed):
     # Paddle 2.6 makes an OSError of it.
     with pytest.raises((RuntimeError, OSError), match="changed in place before backward"):
         y.sum().backward()
+
+
+def test_a_loader_worker_that_dies_during_a_backward_pass_is_told(monkeypatch):
+    def died(*args):  # what Paddle raises in its handler of SIGCHLD
+        raise SystemError("(Fatal) DataLoader process (pid 7) exited. (at data_loader.cc:185)")
+
+    monkeypatch.setitem(cpu._GRADIENTS, nn.LayerNorm, died)
+    layer = nn.LayerNorm(5)
+    cpu.speed_up(nn.Sequential(layer))
+    told = r"died \(\(Fatal\) DataLoader process \(pid 7\) exited\): if the system"
+    with pytest.raises(DataError, match=told), loader.explain_dead_workers():
+        gradients(layer, paddle.randn([2, 5]))
+    with pytest.raises(FileNotFoundError), loader.explain_dead_workers():
+        raise FileNotFoundError("another error")
 
 
 def test_paddles_compiler_trains_them():
