@@ -395,7 +395,7 @@ def test_one_rank_of_several_cores_is_told_what_two_would_bring(monkeypatch):
         return [line for line in lines if "-nprocs" in line]
 
     (sentence,) = said()
-    assert "one rank computes on 8 cores: with -nprocs 2 -batch_size 3 a step" in sentence
+    assert "one rank computes on 8 cores: -nprocs 2 -batch_size 3 makes steps" in sentence
     assert not said(threads=1, cores=1)
     assert not said(threads=4)  # as somebody chose
     assert not said(batch=7)

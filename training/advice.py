@@ -26,8 +26,8 @@ def about_ranks(training):
     if chosen or training.place.epoch or training.place.batch:
         return ""
     return (
-        f"one rank computes on {cores} cores: with -nprocs 2 -batch_size {batch_size // 2} a step "
-        "of as many images took 0.9 of the time on two (docs/performance.md#training)"
+        f"one rank computes on {cores} cores: -nprocs 2 -batch_size {batch_size // 2} makes steps "
+        "of as many images faster (on two cores in 0.9 of the time: docs/performance.md#training)"
     )
 
 
