@@ -231,6 +231,14 @@ def test_training_has_three_times_the_products_of_a_forward_pass():
         assert images == 4 and sum(done) == 24 * passes * (2 * 3 * 5 * 7 + 2 * 3 * 5)
 
 
+def test_a_turn_is_the_mean_of_steps_in_a_row_after_those_that_do_not_count(monkeypatch):
+    seconds = [9.0, 8.0, 1.0, 2.0, 6.0]  # of each step
+    done = []
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: sum(seconds[: len(done)]))
+    work, images = worker.in_a_row(SimpleNamespace(lead=2, batches=3, batch_size=4), done.append)
+    assert work() == {"seconds": 3.0} and images == 4 and done == [0, 1, 2, 3, 4]
+
+
 def test_a_peer_that_ends_or_is_no_program_is_one_sentence():
     with pytest.raises(Failed, match=r"peer has ended \(exit status 3\)"):
         Worker("peer", [sys.executable, "-c", "import sys; sys.exit(3)"], os.environ).ask()
